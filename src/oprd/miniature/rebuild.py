@@ -1,0 +1,100 @@
+"""Make the miniature's student and teacher again, from a fixed seed, by supervised training.
+
+One run of a 2,000-step cosine schedule gives both: the weights after 850 steps are the student, after 1,200 the teacher.
+They share an origin, and the teacher's LM head has moved away from the student's by a fifth.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from oprd.miniature.task import (
+    MAX_TERMS,
+    MIN_TERMS,
+    Problem,
+    build_tokenizer,
+    held_out,
+    training_problem,
+    training_problems,
+    validation,
+)
+
+SEED, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, SCHEDULE_STEPS = 0, 64, 3e-3, 50, 2000
+STUDENT_STEP, TEACHER_STEP = 850, 1200
+TRAIN_SEED, NUM_TRAIN = 1, 4096
+
+
+def build_model(tokenizer, *, seed: int = SEED, num_layers: int = 4, width: int = 64, tied: bool = False):
+    """A freshly initialised Qwen3 of ``num_layers`` x ``width`` for the miniature's tokenizer (float32)."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=width // 4,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).float()
+
+
+def _batch(tokenizer, rng: random.Random):
+    import torch
+
+    num_terms = rng.randint(MIN_TERMS, MAX_TERMS)  # one length a batch: no padding
+    problems = [training_problem(rng, num_terms) for _ in range(BATCH_SIZE)]
+    prompts = tokenizer([problem["prompt"] for problem in problems])["input_ids"]
+    answers = tokenizer([problem["solution"] for problem in problems])["input_ids"]
+    ids = torch.tensor([p + a + [tokenizer.eos_token_id] for p, a in zip(prompts, answers, strict=True)])
+    labels = ids.clone()
+    labels[:, : len(prompts[0])] = -100
+    return ids, labels
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """Prompts and answers as json lines."""
+    rows = [json.dumps({"prompt": problem["prompt"], "answer": problem["answer"]}) for problem in problems]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def rebuild(directory: Path, *, announce=print) -> None:
+    """Train from scratch and write ``student/``, ``teacher/`` and the problem sets under ``directory`` (minutes)."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import get_cosine_schedule_with_warmup
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_problems(directory / "train.jsonl", training_problems(NUM_TRAIN, TRAIN_SEED))
+    write_problems(directory / "validation.jsonl", validation())
+    write_problems(directory / "test.jsonl", held_out())
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, SCHEDULE_STEPS)
+    rng = random.Random(SEED)
+    model.train()
+    for step in tqdm(range(1, TEACHER_STEP + 1), desc="supervised training", unit="step"):
+        ids, labels = _batch(tokenizer, rng)
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step in (STUDENT_STEP, TEACHER_STEP):
+            name = "student" if step == STUDENT_STEP else "teacher"
+            model.save_pretrained(directory / name)
+            tokenizer.save_pretrained(directory / name)
+            announce(f"{name}: step {step}, loss {loss.item():.4f}, saved to {directory / name}")

@@ -1,0 +1,179 @@
+"""Any causal LM as a backbone and a head: finding them, loading them, and moving a head from one to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+MINIATURE_PREFIX = "miniature:"
+
+
+def resolve_path(name: str) -> str:
+    """A Hub id or path as given; ``miniature:student`` and the like become files that ship with the package."""
+    if not name.startswith(MINIATURE_PREFIX):
+        return name
+    assets = Path(str(files("oprd"))) / "miniature" / "assets"
+    path = assets / name.removeprefix(MINIATURE_PREFIX)
+    if not path.exists():
+        known = ", ".join(sorted(MINIATURE_PREFIX + entry.name for entry in assets.iterdir()))
+        raise ValueError(f"There is no {name!r} in the package; it has {known}.")
+    return str(path)
+
+
+def text_config(model_or_config: nn.Module | PretrainedConfig) -> PretrainedConfig:
+    """The config that holds ``hidden_size``, ``num_hidden_layers`` and ``vocab_size``."""
+    config = model_or_config if isinstance(model_or_config, PretrainedConfig) else causal_lm(model_or_config).config
+    return config.get_text_config()
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, whether or not PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The part below the LM head; calling it never forms a logit."""
+    lm = causal_lm(model)
+    backbone = lm.base_model
+    if backbone is lm:
+        raise ValueError(f"{type(lm).__name__} has no separate backbone; a causal LM with an LM head is needed.")
+    return backbone
+
+
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The list of blocks of a backbone, in order.
+
+    Raises:
+        ValueError: not exactly one module list is as long as the config says the model is deep.
+    """
+    depth = text_config(backbone.config).num_hidden_layers
+    found = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise ValueError(
+            f"Cannot tell the blocks of {type(backbone).__name__}: {len(found)} module lists have {depth} entries."
+        )
+    return found[0]
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """The whole tensor of a parameter that FSDP2 may have sharded; gradients flow back to the shards."""
+    return parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns a last hidden state into logits, cut to the first V tokens. ``weight_Vd`` keeps its graph."""
+
+    weight_Vd: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, states_Nd: Tensor) -> Tensor:
+        """``[N, d] -> [N, V]``, with the model's own bias, scale and soft cap."""
+        logits_NV = torch.nn.functional.linear(
+            states_Nd, self.weight_Vd.to(states_Nd.dtype), None if self.bias_V is None else self.bias_V.to(states_Nd.dtype)
+        )
+        logits_NV = logits_NV * self.scale if self.scale != 1.0 else logits_NV
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    def linear_form(self) -> Tensor:
+        """The head as one matrix ``[V, d]``, or ``[V, d + 1]`` with the bias for states that end in a 1."""
+        if self.softcap is not None:
+            raise ValueError("The head metric needs linear logits; this model soft-caps them. Set logit_weight: 0.")
+        weight = self.weight_Vd if self.bias_V is None else torch.cat([self.weight_Vd, self.bias_V.unsqueeze(1)], 1)
+        return weight * self.scale if self.scale != 1.0 else weight
+
+    def linear_states(self, states_Nd: Tensor) -> Tensor:
+        """States to go with `linear_form`: ``[N, d]`` or, where there is a bias, ``[N, d + 1]``."""
+        return states_Nd if self.bias_V is None else torch.cat([states_Nd, torch.ones_like(states_Nd[:, :1])], 1)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What the model multiplies its logits by; families name it differently."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides, HyperCLOVA X multiplies
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def head_of(model: nn.Module, vocab_size: int | None = None) -> Head:
+    """The model's head over its first ``vocab_size`` tokens (all by default): padded rows take no part."""
+    layer, config = causal_lm(model).get_output_embeddings(), text_config(model)
+    bias = getattr(layer, "bias", None)
+    return Head(
+        gathered(layer.weight)[:vocab_size],
+        None if bias is None else gathered(bias)[:vocab_size],
+        logit_scale(config),
+        getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the LM head and the input embeddings are one tensor."""
+    lm = causal_lm(model)
+    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def head_drift(student: nn.Module, teacher: nn.Module, vocab_size: int) -> float | None:
+    """``|W_T - W_S| / |W_S|`` (Frobenius) over shared tokens; None where widths differ."""
+    own, other = (gathered(causal_lm(m).get_output_embeddings().weight)[:vocab_size].float() for m in (student, teacher))
+    if own.shape != other.shape:
+        return None
+    return ((other.to(own.device) - own).norm() / own.norm()).item()
+
+
+def why_head_cannot_move(student: nn.Module, teacher: nn.Module, vocab_size: int) -> str | None:
+    """None if the student can adopt the teacher's head; otherwise the reason, in words for a user."""
+    if is_tied(student):
+        return "the student ties its head to its input embeddings, so a new head would change what it reads"
+    own, other = (causal_lm(m).get_output_embeddings() for m in (student, teacher))
+    if own.weight.shape[1] != other.weight.shape[1]:
+        return f"the student is {own.weight.shape[1]} wide and the teacher {other.weight.shape[1]}"
+    if min(own.weight.shape[0], other.weight.shape[0]) < vocab_size:
+        return f"a head has fewer rows than the tokenizer's {vocab_size} tokens"
+    if (getattr(own, "bias", None) is None) != (getattr(other, "bias", None) is None):
+        return "only one of the two heads has a bias"
+    return None
+
+
+@torch.no_grad()
+def adopt_head(student: nn.Module, teacher: nn.Module, vocab_size: int) -> None:
+    """Copy the teacher's head over the student's for the tokenizer's ``vocab_size`` tokens; padded rows stay."""
+    reason = why_head_cannot_move(student, teacher, vocab_size)
+    if reason:
+        raise ValueError(f"The student cannot adopt the teacher's LM head: {reason}. Set lm_head: keep and logit_weight: 1.")
+    own, other = (causal_lm(m).get_output_embeddings() for m in (student, teacher))
+    own.weight[:vocab_size].copy_(other.weight[:vocab_size])
+    if getattr(own, "bias", None) is not None:
+        own.bias[:vocab_size].copy_(other.bias[:vocab_size])
+
+
+def freeze_unreachable(model: nn.Module, *, top_layer: int, head: bool) -> int:
+    """Turn off gradients where no loss term reaches, and return how many parameters that is.
+
+    With states of layers up to ``top_layer`` only, later blocks and the final norm get no gradient; with ``head=False``
+    an untied LM head gets none. Left trainable they would stop DDP, which waits for every gradient.
+    """
+    lm, depth = causal_lm(model), text_config(model).num_hidden_layers
+    backbone = backbone_of(model)
+    stopped: list[nn.Parameter] = []
+    if not head and not is_tied(model):
+        stopped += lm.get_output_embeddings().parameters()
+    if top_layer < depth and not head:
+        reached = {id(p) for block in decoder_layers(backbone)[:top_layer] for p in block.parameters()}
+        reached |= {id(p) for p in lm.get_input_embeddings().parameters()}
+        stopped += [p for p in backbone.parameters() if id(p) not in reached]
+    trainable = [p for p in stopped if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    return sum(p.numel() for p in trainable)

@@ -1,0 +1,39 @@
+"""What is compared: pure functions of tensors. Nothing here knows a model, a config or a device."""
+
+from oprd.objectives.head_metric import head_grams, logit_mse, logit_mse_loss
+from oprd.objectives.output_space import (
+    full_vocab_kl,
+    full_vocab_loss,
+    sampled_token,
+    sampled_token_loss,
+    top_k_kl,
+    top_k_loss,
+)
+from oprd.objectives.reduction import position_weights
+from oprd.objectives.representation import (
+    REPRESENTATION_KINDS,
+    cosine_similarity,
+    representation_distance,
+    representation_loss,
+)
+from oprd.objectives.selection import map_layers, select_layers, select_positions
+
+__all__ = [
+    "REPRESENTATION_KINDS",
+    "cosine_similarity",
+    "full_vocab_kl",
+    "full_vocab_loss",
+    "head_grams",
+    "logit_mse",
+    "logit_mse_loss",
+    "map_layers",
+    "position_weights",
+    "representation_distance",
+    "representation_loss",
+    "sampled_token",
+    "sampled_token_loss",
+    "select_layers",
+    "select_positions",
+    "top_k_kl",
+    "top_k_loss",
+]

@@ -1,0 +1,78 @@
+"""Output-space objectives over many positions without holding their logits.
+
+Positions are projected a chunk at a time and the chunk is recomputed in the backward pass, so the transient is
+``chunk x V`` on either side, however long the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+OVERLAP_K = 16
+
+Project = Callable[[Tensor], Tensor]  # [n, d] -> [n, V]
+PerPosition = Callable[[Tensor, Tensor, Tensor], Tensor]  # student logits, teacher logits, tokens -> [n]
+
+
+class OutputTerms(NamedTuple):
+    """Weighted sum of the objective, and unweighted sums over positions for the log (no gradient)."""
+
+    loss: Tensor
+    value_sum: Tensor
+    student_entropy_sum: Tensor
+    teacher_entropy_sum: Tensor
+    overlap_sum: Tensor
+
+
+@torch.no_grad()
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats, ``[..., V] -> [...]``."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+
+
+@torch.no_grad()
+def top_k_overlap(student_logits: Tensor, teacher_logits: Tensor, k: int = OVERLAP_K) -> Tensor:
+    """Share of the student's top-k tokens that are in the teacher's, ``[..., V]`` twice -> ``[...]`` in [0, 1]."""
+    k = min(k, student_logits.shape[-1])
+    student, teacher = (logits.topk(k, dim=-1).indices for logits in (student_logits, teacher_logits))
+    return (student.unsqueeze(-1) == teacher.unsqueeze(-2)).any(-1).float().mean(-1)
+
+
+def chunked_output_terms(
+    per_position: PerPosition,
+    student_Nd: Tensor,
+    teacher_Nd: Tensor,
+    tokens_N: Tensor,
+    weights_N: Tensor,
+    project_student: Project,
+    project_teacher: Project,
+    chunk_size: int = 1024,
+) -> OutputTerms:
+    """Sum of ``weight * per_position(student logits, teacher logits, token)`` over N positions.
+
+    ``N = 0`` gives 0 with a live graph, so a process without supervised positions still takes part in the backward.
+    """
+
+    def one_chunk(student_nd: Tensor, teacher_nd: Tensor, tokens_n: Tensor, weights_n: Tensor) -> tuple[Tensor, ...]:
+        student_nV = project_student(student_nd)
+        with torch.no_grad():
+            teacher_nV = project_teacher(teacher_nd)
+        values_n = per_position(student_nV, teacher_nV, tokens_n)
+        log = (values_n.detach(), entropy(student_nV), entropy(teacher_nV), top_k_overlap(student_nV, teacher_nV))
+        return (weights_n * values_n).sum(), *(term.sum() for term in log)
+
+    chunks = [
+        checkpoint(
+            one_chunk,
+            *(tensor[start : start + chunk_size] for tensor in (student_Nd, teacher_Nd, tokens_N, weights_N)),
+            use_reentrant=False,
+        )
+        for start in range(0, max(len(tokens_N), 1), chunk_size)
+    ]
+    return OutputTerms(*(torch.stack(term).sum() for term in zip(*chunks, strict=True)))

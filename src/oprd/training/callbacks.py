@@ -1,0 +1,70 @@
+"""Around the training loop: a progress bar that says how it goes, and a log that other tools can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import ProgressCallback, TrainerCallback
+
+SHOWN = {"loss": "loss", "cosine": "cos", "accuracy": "acc", "completions/mean_length": "len"}
+
+
+class ProgressLine(ProgressCallback):
+    """One bar with the time left and the latest numbers, instead of a dictionary per log."""
+
+    def __init__(self, description: str = "distilling") -> None:
+        super().__init__()
+        self._description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self._description)
+            self.training_bar.unit = "step"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not logs:
+            return
+        shown = {short: f"{logs[name]:.3g}" for name, short in SHOWN.items() if logs.get(name) is not None}
+        if shown:
+            self.training_bar.set_postfix(shown)
+
+
+class MetricsFile(TrainerCallback):
+    """``metrics.jsonl`` in the output directory: one object per log, flushed at once.
+
+    A resumed run keeps the lines up to its checkpoint and drops those it is about to write again.
+    """
+
+    name = "metrics.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= state.global_step] if state.global_step else []
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        replacement.replace(path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with (Path(args.output_dir) / self.name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+    return rows

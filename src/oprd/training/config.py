@@ -1,0 +1,111 @@
+"""`OPRDConfig`: TRL's distillation settings plus what is compared, where and how."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import DistillationConfig
+
+from oprd.training.objective import Objective
+from oprd.training.options import CHOICES, HELP
+
+
+def _option(name: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": HELP[name].replace("%", "%%")})
+
+
+@dataclass
+class OPRDConfig(DistillationConfig):
+    """Settings of `OPRDTrainer`: every key of ``trl.DistillationConfig`` and of ``transformers.TrainingArguments``, plus
+    the fields below. The objective is ``output_weight * L_OPD + representation_weight * L_OPRD + logit_weight * L_logit``
+    on one rollout. ``oprd train --help`` explains each field.
+
+    Defaults that differ from TRL: learning rate 1e-5, cosine schedule with 3 % warm-up (the paper's), bf16 only where
+    the hardware has it.
+
+    Raises:
+        ValueError: an unknown choice, an objective with nothing in it, or a setting that would be ignored.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or their share of the run if below 1."})
+
+    representation_weight: float = _option("representation_weight", 1.0)
+    representation_loss: str = _option("representation_loss", "mse")
+    layers: str = _option("layers", "all")
+    positions: str = _option("positions", "all")
+    position_k: int = _option("position_k", 2000)
+    state_at: str = _option("state_at", "predictive")
+    logit_weight: float = _option("logit_weight", 1.0)
+    output_loss: str = _option("output_loss", "none")
+    output_weight: float = _option("output_weight", 1.0)
+    output_top_k: int = _option("output_top_k", 16)
+    top_k_support: str = _option("top_k_support", "student")
+    top_k_renormalize: bool = _option("top_k_renormalize", True)
+    reduction: str = _option("reduction", "sequence")
+    lm_head: str = _option("lm_head", "auto")
+    responses_per_prompt: int = _option("responses_per_prompt", 1)
+    max_prompt_length: int | None = _option("max_prompt_length", None)
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        self.layers = parse_layers(self.layers)
+        self._check_choices()
+        self._check_objective()
+        self._check_batches()
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("representation_weight", "logit_weight", "output_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("position_k", "output_top_k", "responses_per_prompt"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def _check_objective(self) -> None:
+        if not (self.representation_weight or self.logit_weight or (self.output_loss != "none" and self.output_weight)):
+            raise ValueError(
+                "Nothing to minimise: set representation_weight, logit_weight, or output_loss with a positive output_weight."
+            )
+        if self.beta != 1.0:
+            raise ValueError(
+                f"beta={self.beta} would be ignored: output losses here are reverse KL. Choose one with output_loss, "
+                "or use trl.DistillationTrainer for the generalised JSD."
+            )
+
+    def _check_batches(self) -> None:
+        generated = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if generated % self.responses_per_prompt:
+            raise ValueError(
+                f"responses_per_prompt={self.responses_per_prompt} does not divide the {generated} responses of a step "
+                "(per_device_train_batch_size x gradient_accumulation_steps x processes)."
+            )
+
+    def objective(self, *, layers: list[int], num_layers: int, vocab_size: int) -> Objective:
+        """The objective in plain values, for models of ``num_layers`` that share ``vocab_size`` tokens."""
+        shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)} - {"layers"}
+        return Objective(
+            layers=tuple(layers),
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            **{name: getattr(self, name) for name in shared},
+        )
+
+
+def parse_layers(value: str | int | list[int]) -> str | list[int]:
+    """``all`` and its like as they are; ``4,8,12`` or ``[4, 8, 12]`` as a list of numbers."""
+    if isinstance(value, str) and any(c.isdigit() for c in value):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"layers={value!r} is neither a name nor a list of numbers such as 4,8,12.") from error
+    return value if isinstance(value, str) else [value] if isinstance(value, int) else [int(v) for v in value]

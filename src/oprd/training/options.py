@@ -1,0 +1,43 @@
+"""What each of this project's own settings means: one table for the config class and for ``--help`` (no torch here)."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "representation_loss": ("mse", "normalized_mse", "cosine"),
+    "positions": ("all", "last", "first_k", "last_k"),
+    "state_at": ("predictive", "token"),
+    "output_loss": ("none", "sampled", "top_k", "full"),
+    "top_k_support": ("student", "teacher", "union", "intersection"),
+    "reduction": ("sequence", "token"),
+    "lm_head": ("auto", "teacher", "keep", "freeze"),
+}
+
+HELP: dict[str, str] = {
+    "representation_weight": "Weight of the hidden-state loss L_OPRD (Eq. 6); the mu of Eq. 7. 0 turns it off.",
+    "representation_loss": "Distance between hidden states: mse (Eq. 6), normalized_mse (Eq. 14), cosine.",
+    "layers": "Layers compared: all, last, even, odd, or numbers such as 4,8,12. Layers count from 1.",
+    "positions": "Response positions whose states are compared: all, last, first_k, last_k.",
+    "position_k": "The k of first_k and last_k. A shorter response keeps all of its positions.",
+    "state_at": "predictive: the state that predicts a token; token: the state at the token itself.",
+    "logit_weight": "Weight of exact full-vocabulary logit matching through d x d Gram matrices. 0 turns it off.",
+    "output_loss": "Next-token objective: none, sampled (Eq. 3), top_k (Eq. 5), full reverse KL (Eq. 4).",
+    "output_weight": "Weight of the next-token objective.",
+    "output_top_k": "The k of output_loss: top_k.",
+    "top_k_support": "Whose top k: student, teacher, union, intersection.",
+    "top_k_renormalize": "Renormalise both distributions on the support; false is the paper's experiments.",
+    "reduction": "sequence: mean over each response, then over responses (Eq. 6); token: mean over all positions.",
+    "lm_head": "teacher: start from the teacher's LM head; keep: the student's own; freeze: its own, not trained; "
+    "auto: teacher where heads are untied and of one shape, else keep.",
+    "responses_per_prompt": "Responses sampled for each prompt of a step.",
+    "max_prompt_length": "Drop prompts longer than this many tokens, and say how many.",
+    "resume": "Continue from the newest checkpoint in output_dir, if there is one.",
+}
+
+DATA_HELP: dict[str, str] = {
+    "dataset_name": "Prompts: a Hub id, or a parquet, json or jsonl file.",
+    "dataset_config": "Configuration of a Hub dataset.",
+    "dataset_train_split": "Split of a Hub dataset to train on.",
+    "eval_dataset_name": "Prompts with answers to evaluate on; used when eval_strategy is not 'no'.",
+    "eval_split": "Split of a Hub evaluation dataset.",
+    "prompt_column": "Column with the prompt; found by itself if it is prompt, problem or question.",
+    "answer_column": "Column with the reference answer; found by itself if it is answer or reward_model.ground_truth.",
+    "as_chat": "Turn plain-text prompts into one user message, so that the chat template applies.",
+}

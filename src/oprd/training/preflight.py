@@ -1,0 +1,181 @@
+"""Everything that can be known to be wrong before weights are loaded or a token is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from oprd.objectives import select_layers
+
+logger = get_logger(__name__)
+
+NEEDS_BRIDGE = (
+    "Hidden states of different shapes need OPRD-Bridge, a fitted linear map, which this version does not have. Distil "
+    "without them: representation_weight: 0 with logit_weight: 1 or output_loss: full (these need the vocabulary only)."
+)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the two configs settle: the student's layers that are compared, its depth, and the shared vocabulary."""
+
+    layers: list[int]
+    num_layers: int
+    vocab_size: int
+
+
+def check_models(
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    layers: str | list[int],
+    compares_states: bool,
+) -> Shapes:
+    """Width, depth and vocabulary.
+
+    Padded vocabularies (151,936 against 152,064 rows for one tokenizer) are cut to the tokenizer's length.
+
+    Raises:
+        ValueError: shapes that cannot be compared, or a model with fewer embeddings than the tokenizer has tokens.
+    """
+    student, teacher = student.get_text_config(), teacher.get_text_config()
+    vocab_size = len(tokenizer)
+    for role, config in (("student", student), ("teacher", teacher)):
+        if config.vocab_size < vocab_size:
+            raise ValueError(
+                f"The {role} has {config.vocab_size} embeddings for a tokenizer of {vocab_size} tokens. Resize it with "
+                "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that it was trained with."
+            )
+    depths, widths = (
+        [getattr(config, name) for config in (student, teacher)] for name in ("num_hidden_layers", "hidden_size")
+    )
+    if compares_states and (depths[0] != depths[1] or widths[0] != widths[1]):
+        raise ValueError(
+            f"The student has {depths[0]} layers of width {widths[0]}, the teacher {depths[1]} of width {widths[1]}. "
+            + NEEDS_BRIDGE
+        )
+    return Shapes(select_layers(layers, depths[0]), depths[0], vocab_size)
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompt: Any) -> None:
+    """One vocabulary, and the same rendering of a prompt.
+
+    Raises:
+        ValueError: the two tokenizers give the same id to different tokens.
+    """
+    own, other = student.get_vocab(), teacher.get_vocab()
+    if own != other:
+        examples = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))[:3]
+        shown = ", ".join(f"{token!r} is {own.get(token)} and {other.get(token)}" for token in examples)
+        raise ValueError(
+            f"Student and teacher have different tokenizers ({len(own)} and {len(other)} tokens; {shown}). The teacher "
+            "would read other text than the student wrote. Use a teacher with the student's tokenizer."
+        )
+    if isinstance(prompt, list) and teacher.chat_template and student.chat_template:
+        renderings = [t.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for t in (student, teacher)]
+        if renderings[0] != renderings[1]:
+            logger.warning(
+                "The teacher's chat template renders prompts differently; it will read the student's rendering, which is "
+                f"not what it was trained on:\n  student: {renderings[0][:200]!r}\n  teacher: {renderings[1][:200]!r}"
+            )
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:
+    """Every token that ends a response: the tokenizer's end token and those of the generation config."""
+    declared = getattr(generation_config, "eos_token_id", None)
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {*own, *declared}
+
+
+def check_end_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int]) -> None:
+    """The two must share a token that ends a response; else the student unlearns to stop and lengths explode.
+
+    Raises:
+        ValueError: no end token at all, or none in common.
+    """
+    if not student:
+        raise ValueError("The student's tokenizer has no end token. Set tokenizer.eos_token and save it.")
+    if teacher and not student & teacher:
+        names = [[tokenizer.convert_ids_to_tokens(i) for i in sorted(ids)] for ids in (student, teacher)]
+        raise ValueError(
+            f"The student ends a response with {', '.join(map(str, names[0]))}, the teacher with "
+            f"{', '.join(map(str, names[1]))}. Taught by this teacher the student would never stop. Add the teacher's "
+            "token to the student's generation_config.eos_token_id (or set it as the tokenizer's eos_token) and save it."
+        )
+
+
+def check_dataset(dataset: Dataset | IterableDataset | None, *, responses_per_prompt: int) -> None:
+    """A dataset with prompts in it.
+
+    Raises:
+        ValueError: none given, empty, without a ``prompt`` column, or streaming with several responses per prompt.
+    """
+    if dataset is None:
+        raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"train_dataset has no 'prompt' column; it has {', '.join(columns) or 'none'}. Rename yours, or load the file "
+            "with oprd.training.prompts.load_prompts, which knows the common layouts."
+        )
+    if isinstance(dataset, IterableDataset):
+        if responses_per_prompt > 1:
+            raise ValueError("A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole.")
+    elif len(dataset) == 0:
+        raise ValueError("train_dataset is empty.")
+
+
+def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template: Any) -> list[int]:
+    """Tokens of every prompt as the student will read it."""
+    prompts = dataset["prompt"]
+    if isinstance(prompts[0], str):
+        return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "Prompts are chat messages but the student's tokenizer has no chat template. Set tokenizer.chat_template and "
+            "save it, or give prompts as text."
+        )
+    batch = 1000
+    lengths: list[int] = []
+    for start in range(0, len(prompts), batch):
+        encoded = tokenizer.apply_chat_template(
+            list(prompts[start : start + batch]), add_generation_prompt=True, tokenize=True, return_dict=True, **template
+        )
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+    return lengths
+
+
+def fit_prompts(
+    dataset: Dataset, lengths: list[int], *, context: int | None, max_prompt_length: int | None, max_completion_length: int
+) -> Dataset:
+    """Drop prompts over ``max_prompt_length`` (said aloud); refuse those that leave no room for a response.
+
+    Raises:
+        ValueError: a prompt without tokens or without room, with its row (from 1); or nothing left.
+    """
+    if 0 in lengths:
+        raise ValueError(f"train_dataset, row {lengths.index(0) + 1}: the prompt has no tokens.")
+    if max_prompt_length is not None:
+        kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
+        if not kept:
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length} drops every prompt; the shortest has {min(lengths)} tokens."
+            )
+        if len(kept) < len(lengths):
+            logger.warning(f"Dropped {len(lengths) - len(kept)} of {len(lengths)} prompts over {max_prompt_length} tokens.")
+            dataset, lengths = dataset.select(kept), [lengths[index] for index in kept]
+    longest = max(lengths)
+    if context is not None and longest + max_completion_length > context:
+        over = sum(length + max_completion_length > context for length in lengths)
+        raise ValueError(
+            f"train_dataset, row {lengths.index(longest) + 1}: a prompt of {longest} tokens and a response of "
+            f"{max_completion_length} do not fit the context of {context} ({over} such rows). Lower "
+            f"max_completion_length, or set max_prompt_length: {max(context - max_completion_length, 0)} to drop them."
+        )
+    return dataset

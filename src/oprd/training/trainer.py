@@ -1,0 +1,352 @@
+"""`OPRDTrainer`: TRL's distillation trainer with hidden states as what is distilled.
+
+Generation, data order, accumulation, PEFT, sharding, checkpoints and logging are TRL's and transformers'. This file is
+the only one that touches their private methods, with `oprd._compat`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DistillationTrainer
+
+from oprd import models
+from oprd._compat import RepeatSampler, create_model_from_path, prepare_deepspeed
+from oprd.evaluation import grade
+from oprd.objectives import position_weights, select_positions
+from oprd.states import Rollout, same_tokens
+from oprd.training import preflight
+from oprd.training.config import OPRDConfig
+from oprd.training.meters import Meters, Stopwatch
+from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
+
+logger = get_logger(__name__)
+
+
+class OPRDTrainer(DistillationTrainer):
+    """On-policy distillation in hidden-state space (OPRD, arXiv 2606.06021), alone or beside next-token objectives.
+
+    Each step samples responses from the student, runs both backbones once over them, and minimises
+    ``output_weight * L_OPD + representation_weight * L_OPRD + logit_weight * L_logit`` (`OPRDConfig`). Without an output
+    loss no LM head runs on either side.
+
+    Args:
+        model: the student; a Hub id, a path, a model or a PEFT model.
+        teacher_model: the teacher, likewise; ``args.teacher_model_name_or_path`` if not given.
+        args: `OPRDConfig`.
+        train_dataset: needs a ``prompt`` column (text or chat messages). With an ``answer`` column, responses are graded
+            and ``accuracy`` is logged.
+        eval_dataset: the same, for evaluation; or a dict of them.
+        processing_class: the student's tokenizer; loaded from ``model`` if not given.
+        teacher_processing_class: the teacher's tokenizer, compared with the student's; loaded from the teacher's path
+            where there is one.
+        bridge: reserved for teachers of another shape; must be None in this version.
+        peft_config, callbacks, optimizers, quantization_config, tools: as in TRL.
+
+    Raises:
+        ValueError: anything that pre-flight finds (`oprd.training.preflight`), before weights are loaded.
+    """
+
+    _tag_names = ["trl", "oprd", "on-policy-distillation"]
+    _name = "OPRD"
+    _paper = {
+        "title": "OPRD: On-Policy Representation Distillation",
+        "id": "2606.06021",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{oprd2026,
+                title  = {{OPRD: On-Policy Representation Distillation}},
+                year   = 2026,
+                eprint = {arXiv:2606.06021},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: OPRDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        bridge: None = None,
+        peft_config: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        tools: list | None = None,
+    ) -> None:
+        if bridge is not None:
+            raise ValueError("bridge: " + preflight.NEEDS_BRIDGE)
+        args = args or OPRDConfig("oprd")
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if teacher_model is None:
+            raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path.")
+        model, teacher_model = (models.resolve_path(m) if isinstance(m, str) else m for m in (model, teacher_model))
+        preflight.check_dataset(train_dataset, responses_per_prompt=args.responses_per_prompt)
+        tokenizer = processing_class or self._load_tokenizer(model, args, side="student")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}: text models only.")
+        shapes = self._check_pair(model, teacher_model, args, tokenizer, teacher_processing_class, train_dataset)
+        train_dataset = self._fit_prompts(train_dataset, tokenizer, args, self._context(model, teacher_model, args))
+
+        # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        self.vocab_size = shapes.vocab_size
+        self.objective = args.objective(
+            layers=shapes.layers, num_layers=shapes.num_layers, vocab_size=shapes.vocab_size
+        )
+        teacher = self._load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        teacher.requires_grad_(False).eval()
+        self.lm_head = self._settle_head(teacher)
+        if self.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self._suppress_padded_vocabulary()
+        self._meters = {"train": Meters(), "eval": Meters()}
+        self._stopwatch = Stopwatch(self.accelerator.device)
+        self._memory_at_start = 0
+
+    # ---------------------------------------------------------------------------------------- before the first step
+
+    @staticmethod
+    def _load_tokenizer(model: Any, args: OPRDConfig, side: str) -> PreTrainedTokenizerBase:
+        path = model if isinstance(model, str) else models.causal_lm(model).config._name_or_path
+        if not path:
+            raise ValueError(f"The {side} is a model without a path: pass its tokenizer as processing_class.")
+        revision = (args.model_init_kwargs or {}).get("revision") if side == "student" else args.teacher_model_revision
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, padding_side="left", truncation_side="left", trust_remote_code=args.trust_remote_code
+        )
+
+    @staticmethod
+    def _config_of(model: Any, args: OPRDConfig, revision: str | None) -> Any:
+        if not isinstance(model, str):
+            return models.causal_lm(model).config
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+
+    def _check_pair(self, model, teacher_model, args, tokenizer, teacher_tokenizer, train_dataset) -> preflight.Shapes:
+        """Whatever configs, tokenizers and generation configs can tell."""
+        revisions = ((args.model_init_kwargs or {}).get("revision"), args.teacher_model_revision)
+        configs = [self._config_of(m, args, r) for m, r in zip((model, teacher_model), revisions, strict=True)]
+        shapes = preflight.check_models(
+            *configs, tokenizer, layers=args.layers, compares_states=args.representation_weight > 0
+        )
+        if teacher_tokenizer is None and isinstance(teacher_model, str):
+            teacher_tokenizer = self._load_tokenizer(teacher_model, args, side="teacher")
+        if teacher_tokenizer is not None:
+            preflight.check_tokenizers(tokenizer, teacher_tokenizer, next(iter(train_dataset))["prompt"])
+        ends = [
+            preflight.eos_ids(t, self._generation_config_of(m, config))
+            for m, t, config in zip((model, teacher_model), (tokenizer, teacher_tokenizer or tokenizer), configs, strict=True)
+        ]
+        preflight.check_end_tokens(tokenizer, *ends)
+        return shapes
+
+    @staticmethod
+    def _generation_config_of(model: Any, config: Any) -> GenerationConfig | None:
+        if not isinstance(model, str):
+            return models.causal_lm(model).generation_config
+        try:
+            return GenerationConfig.from_pretrained(model)
+        except OSError:  # none saved: what the model's config declares holds
+            return GenerationConfig.from_model_config(config)
+
+    def _context(self, model, teacher_model, args) -> int | None:
+        sizes = [
+            getattr(self._config_of(m, args, None).get_text_config(), "max_position_embeddings", None)
+            for m in (model, teacher_model)
+        ]
+        return min((size for size in sizes if size is not None), default=None)
+
+    @staticmethod
+    def _fit_prompts(dataset, tokenizer, args, context):
+        if isinstance(dataset, IterableDataset):
+            if args.max_prompt_length is not None:
+                raise ValueError("max_prompt_length needs a dataset that is loaded whole, not a streaming one.")
+            return dataset
+        return preflight.fit_prompts(
+            dataset,
+            preflight.prompt_lengths(dataset, tokenizer, **(args.chat_template_kwargs or {})),
+            context=context,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+        )
+
+    def _load_teacher(self, path: str) -> PreTrainedModel:
+        kwargs = dict(self.args.teacher_model_init_kwargs or {})
+        kwargs.setdefault("dtype", "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32")
+        kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
+        if self.args.teacher_model_revision is not None:
+            kwargs.setdefault("revision", self.args.teacher_model_revision)
+        if self.accelerator.num_processes > 1:
+            kwargs["device_map"] = None  # a split teacher cannot be one process's share
+        return create_model_from_path(path, **kwargs)
+
+    def _settle_head(self, teacher: nn.Module) -> str:
+        """Adopt, keep or freeze the LM head, switch off gradients nothing reaches, and say what was done."""
+        student, wanted = self.model, self.args.lm_head
+        if wanted == "freeze" and models.is_tied(student):
+            raise ValueError("lm_head: freeze would freeze the input embeddings too: this student ties them. Use keep.")
+        reason = models.why_head_cannot_move(student, teacher, self.vocab_size)
+        settled = wanted if wanted != "auto" else "keep" if reason else "teacher"
+        drift = models.head_drift(student, teacher, self.vocab_size)
+        apart = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
+        if settled == "teacher":
+            models.adopt_head(student, teacher, self.vocab_size)
+        trained = self.objective.uses_head and settled != "freeze"
+        frozen = models.freeze_unreachable(student, top_layer=self.objective.top_layer, head=self.objective.uses_head)
+        if settled == "freeze":
+            models.causal_lm(student).get_output_embeddings().requires_grad_(False)
+        how = {"teacher": "the teacher's, adopted", "keep": "the student's own", "freeze": "the student's own, frozen"}
+        logger.info(
+            f"LM head: {how[settled]} ({apart}{f'; not adopted: {reason}' if wanted == 'auto' and reason else ''}); "
+            f"{'trained' if trained else 'not trained'}. {frozen:,} parameters that no loss reaches are frozen."
+        )
+        if settled == "keep" and not self.objective.uses_head and drift is not None and drift > 0.01:
+            logger.warning(
+                f"The student keeps its LM head, the teacher's differs by {drift:.1%}, and no loss trains it: matching "
+                "states may not move accuracy. Set logit_weight: 1, or lm_head: teacher."
+            )
+        return settled
+
+    def _suppress_padded_vocabulary(self) -> None:
+        """Embedding rows beyond the tokenizer stand for no token: never sample them."""
+        rows = models.text_config(self.model).vocab_size
+        if rows > self.vocab_size and not self.use_vllm:
+            padded = [*(self.generation_config.suppress_tokens or []), *range(self.vocab_size, rows)]
+            self.generation_config.suppress_tokens = padded
+            self.generation_kwargs["suppress_tokens"] = padded
+
+    # ------------------------------------------------------------------------------------------------------ rollouts
+
+    def _get_train_sampler(self, dataset: Dataset | None = None):
+        args = self.args
+        generated = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        return RepeatSampler(
+            data_source=dataset if dataset is not None else self.train_dataset,
+            mini_repeat_count=args.responses_per_prompt,
+            batch_size=generated // args.responses_per_prompt,
+            repeat_count=args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=args.seed,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, and the weight of every position: the denominators are counted here, over the whole step."""
+        mode = "train" if self.model.training else "eval"
+        started = self._stopwatch.now()
+        batch = super()._generate_and_score_completions(inputs)
+        self._stopwatch.seconds["rollout"] += self._stopwatch.now() - started
+        generated = batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            generated = generated & batch["tool_mask"].bool()
+        masks = {
+            "state": select_positions(generated, self.args.positions, self.args.position_k),
+            "output": generated & (batch["completion_ids"] < self.vocab_size),
+        }
+        counts = torch.stack([count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())])
+        counts = self.accelerator.reduce(counts.float(), reduction="sum")
+        for (name, mask), (rows, positions) in zip(masks.items(), counts.view(2, 2), strict=True):
+            batch[f"{name}_weights"] = position_weights(
+                mask, self.args.reduction, num_sequences=rows, num_positions=positions
+            )
+        self._metrics[mode]["response_tokens"].append(counts[3].item())
+        if all(row.get("answer") is not None for row in inputs):
+            texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+            right = [float(grade(text, row["answer"])) for text, row in zip(texts, inputs, strict=True)]
+            right = self.accelerator.gather(torch.tensor(right, device=self.accelerator.device))
+            self._metrics[mode]["accuracy"].append(right.mean().item())
+        return batch
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Teacher, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
+        self._begin_memory_watch()
+        rollout = same_tokens(
+            inputs["prompt_ids"],
+            inputs["prompt_mask"],
+            inputs["completion_ids"],
+            inputs["completion_mask"],
+            state_weights_BC=inputs["state_weights"],
+            output_weights_BC=inputs["output_weights"],
+            state_at=self.args.state_at,
+        )
+        started = self._stopwatch.now()
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        targets = self._forward_redirection(self.teacher_model, teacher, self._teacher_states, teacher, rollout)
+        self._stopwatch.seconds["teacher"] += self._stopwatch.now() - started
+        student = self.accelerator.unwrap_model(model)
+        loss, terms, sums = self._forward_redirection(
+            model, student, self._student_loss, student, teacher, rollout, targets
+        )
+        self._meters["train" if self.model.training else "eval"].add(terms, sums)
+        # The weights' denominators are global; DDP and the logged loss average over processes.
+        loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def _teacher_states(self, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
+        with self.accelerator.autocast():
+            return teacher_states(self.objective, teacher, rollout)
+
+    def _student_loss(
+        self, student: nn.Module, teacher: nn.Module, rollout: Rollout, targets: TeacherStates
+    ) -> tuple[Tensor, Terms, Sums]:
+        with self.accelerator.autocast():
+            return student_loss(self.objective, student, teacher, rollout, targets)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        started = self._stopwatch.now()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._stopwatch.seconds["step"] += self._stopwatch.now() - started
+        self._end_memory_watch()
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self._record_times()
+        return loss
+
+    # ------------------------------------------------------------------------------------------------------- logging
+
+    def _record_times(self) -> None:
+        seconds, metrics = self._stopwatch.read(), self._metrics["train"]
+        metrics["time/rollout"].append(seconds["rollout"])
+        metrics["time/teacher"].append(seconds["teacher"])
+        metrics["time/student"].append(seconds["step"] - seconds["rollout"] - seconds["teacher"])
+        metrics["tokens_per_second"].append(metrics["response_tokens"][-1] / seconds["step"])
+
+    def _begin_memory_watch(self) -> None:
+        if self.accelerator.device.type == "cuda" and self.model.training:
+            self._memory_at_start = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _end_memory_watch(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            rise = torch.cuda.max_memory_allocated() - self._memory_at_start
+            self._metrics["train"]["memory/update_peak_rise_gb"].append(rise / 1e9)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        accumulation = self.args.gradient_accumulation_steps if mode == "train" else 1
+        for name, value in self._meters[mode].read(self.accelerator, accumulation).items():
+            self._metrics[mode][name] = [value]
+        super().log(logs, start_time)
