@@ -44,5 +44,5 @@ def position_weights(
 
 
 def reduce_positions(values_N: Tensor, mask_BT: Tensor, reduction: str) -> Tensor:
-    """Weighted sum of the values at the mask's true positions. No positions: 0, with a live graph."""
-    return (values_N.float() * position_weights(mask_BT, reduction)[mask_BT.bool()]).sum()
+    """Weighted sum, in the values' own precision, over the mask's true positions. No positions: 0, with a live graph."""
+    return (values_N * position_weights(mask_BT, reduction)[mask_BT.bool()].to(values_N.dtype)).sum()

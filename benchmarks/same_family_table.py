@@ -1,0 +1,161 @@
+"""The same-family comparison of docs/results.md: every objective at its own best learning rate, three seeds.
+
+    python benchmarks/same_family_table.py                 # run what is missing, then print the table
+    python benchmarks/same_family_table.py --only "top-16" # some rows
+    python benchmarks/same_family_table.py --print         # the table of what has been run
+
+Each row is swept over learning rates with seed 0 and judged on the 64 validation problems; the grid grows while its best
+point lies on an edge. The best rate then runs with two more seeds, and all three are scored on the 256 test problems
+(Avg@16, T=0.7). Every run has the same budget: 200 steps of 16 prompts x 2 responses, sampled by the student being
+trained. Results are appended to runs/table/results.jsonl, so a stopped run continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+OUT = Path("runs/table")
+STEPS, BATCH = 200, 32
+GRID = [5e-4, 1e-3, 2e-3]
+GRID_LIMITS = (6e-5, 2e-2)
+SEEDS = (0, 1, 2)
+
+OPD = {"representation_weight": 0, "logit_weight": 0, "lm_head": "keep"}
+OPRD = {"representation_weight": 1, "logit_weight": 0, "output_loss": "none"}
+ROWS: dict[str, dict] = {
+    "OPRD + head metric, teacher's head": {"logit_weight": 1, "lm_head": "teacher"},
+    "OPD top-16": {**OPD, "output_loss": "top_k"},
+    "OPRD, own head": {**OPRD, "lm_head": "keep"},
+    "OPRD, teacher's head": {**OPRD, "lm_head": "teacher"},
+    "OPD full KL": {**OPD, "output_loss": "full"},
+    "OPD sampled token": {**OPD, "output_loss": "sampled"},
+    "OPRD + head metric, own head": {"logit_weight": 1, "lm_head": "keep"},
+    "OPRD, teacher's head, last 16": {**OPRD, "lm_head": "teacher", "positions": "last_k", "position_k": 16},
+    "head metric alone, own head": {"representation_weight": 0, "logit_weight": 1, "lm_head": "keep"},
+    "full KL + OPRD + head metric, teacher's head": {"logit_weight": 1, "lm_head": "teacher", "output_loss": "full"},
+    "sampled token + 1 x OPRD": {**OPRD, "output_loss": "sampled", "lm_head": "keep"},
+    "sampled token + 10 x OPRD": {**OPRD, "output_loss": "sampled", "lm_head": "keep", "representation_weight": 10},
+    "OPD top-16, un-renormalised": {**OPD, "output_loss": "top_k", "top_k_renormalize": "false"},
+    "OPD top-16, teacher's head": {**OPD, "output_loss": "top_k", "lm_head": "teacher"},
+    "OPD sampled token, teacher's head": {**OPD, "output_loss": "sampled", "lm_head": "teacher"},
+    "OPRD + head metric, teacher's head, last 16": {
+        "logit_weight": 1, "lm_head": "teacher", "positions": "last_k", "position_k": 16
+    },
+}
+RANDOM = {"teacher_model_name_or_path": str(OUT / "random-teacher")}
+SELF = {"teacher_model_name_or_path": "miniature:student"}
+# Controls have no best rate to look for; they run at their counterpart's usual one.
+CONTROLS: dict[str, tuple[dict, float]] = {
+    "control: no teacher (zero reward)": ({**OPD, "output_loss": "sampled", **SELF}, 1e-3),
+    "control: random teacher, OPRD, own head": ({**OPRD, "lm_head": "keep", **RANDOM}, 2e-3),
+    "control: random teacher, OPD top-16": ({**OPD, "output_loss": "top_k", **RANDOM}, 1e-3),
+}
+
+
+def results() -> list[dict]:
+    path = OUT / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def one_run(row: str, overrides: dict, lr: float, seed: int) -> dict:
+    """Train, score on validation and test, and keep the result; or give back the kept one."""
+    for result in results():
+        if (result["row"], result["lr"], result["seed"]) == (row, lr, seed):
+            return result
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from oprd.evaluation.evaluate import evaluate
+    from oprd.miniature.task import MAX_RESPONSE_TOKENS, held_out, validation
+    from oprd.training.run import run
+
+    directory = OUT / "runs" / f"{row}-{lr:g}-{seed}".replace(" ", "_").replace("'", "")
+    arguments = {
+        "output_dir": directory, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "disable_tqdm": "true",
+        "learning_rate": lr, "seed": seed, **overrides,
+    }
+    started = time.perf_counter()
+    run(["--config", "miniature", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))])
+    seconds = time.perf_counter() - started
+    model = AutoModelForCausalLM.from_pretrained(directory / "final")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "final")
+    score = lambda problems: evaluate(model, tokenizer, problems, max_new_tokens=MAX_RESPONSE_TOKENS).summary()  # noqa: E731
+    result = {"row": row, "lr": lr, "seed": seed, "seconds": seconds, "validation": score(validation()), "test": score(held_out())}
+    with (OUT / "results.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"{row} | lr {lr:g} seed {seed}: validation {result['validation']['avg_at_k']:.1f}, "
+          f"test {result['test']['avg_at_k']:.1f}, {seconds:.0f} s", flush=True)
+    return result
+
+
+def one_row(row: str) -> None:
+    """Sweep, then the other seeds."""
+    import torch
+
+    torch.set_num_threads(1)
+    if row in CONTROLS:
+        overrides, best = CONTROLS[row]
+    else:
+        overrides, grid = ROWS[row], {}
+        waiting = list(GRID)
+        while waiting:
+            for lr in waiting:
+                grid[lr] = one_run(row, overrides, lr, 0)["validation"]["avg_at_k"]
+            best = max(grid, key=grid.get)
+            edges = [lr for edge, lr in ((min(grid), best / 2), (max(grid), best * 2)) if edge == best]
+            waiting = [lr for lr in edges if GRID_LIMITS[0] <= lr <= GRID_LIMITS[1]]
+    for seed in SEEDS:
+        one_run(row, overrides, best, seed)
+
+
+def table() -> str:
+    """Markdown, one line a row, at the learning rate that validation chose."""
+    lines = ["| objective | lr (swept) | Avg@16 | seeds | Best@16 | length | seconds |", "|---|---|---|---|---|---|---|"]
+    done = results()
+    for row in [*ROWS, *CONTROLS]:
+        own = [r for r in done if r["row"] == row]
+        swept = {r["lr"]: r["validation"]["avg_at_k"] for r in own if r["seed"] == 0}
+        if not swept:
+            continue
+        best = max(swept, key=swept.get)
+        runs = sorted((r for r in own if r["lr"] == best), key=lambda r: r["seed"])
+        mean = lambda f, runs=runs: sum(map(f, runs)) / len(runs)  # noqa: E731
+        scores = ", ".join(f"{r['test']['avg_at_k']:.1f}" for r in runs)
+        half = mean(lambda r: (r["test"]["avg_high"] - r["test"]["avg_low"]) / 2)
+        lines.append(
+            f"| {row} | {best:g} ({len(swept)}) | {mean(lambda r: r['test']['avg_at_k']):.1f} ± {half:.1f} | {scores} | "
+            f"{mean(lambda r: r['test']['best_at_k']):.1f} | {mean(lambda r: r['test']['mean_length']):.1f} | "
+            f"{mean(lambda r: r['seconds']):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--print", action="store_true", help="print the table and stop")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    options = parser.parse_args()
+    if not options.print:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        OUT.mkdir(parents=True, exist_ok=True)
+        if not (OUT / "random-teacher").exists():
+            from oprd.miniature.rebuild import build_model
+            from oprd.miniature.task import build_tokenizer
+
+            tokenizer = build_tokenizer()
+            build_model(tokenizer, seed=123).save_pretrained(OUT / "random-teacher")
+            tokenizer.save_pretrained(OUT / "random-teacher")
+        rows = options.only or [*ROWS, *CONTROLS]
+        with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+            for _ in pool.imap_unordered(one_row, rows):
+                pass
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

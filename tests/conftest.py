@@ -1,0 +1,30 @@
+"""Quiet, offline, one thread: what every test relies on."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mask_BT():
+    """Four rows of eight: full, holes, short, nothing supervised."""
+    return torch.tensor(
+        [
+            [1, 1, 1, 1, 1, 1, 1, 1],
+            [0, 1, 1, 0, 0, 1, 0, 1],
+            [0, 0, 0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 0, 0],
+        ],
+        dtype=torch.bool,
+    )
