@@ -44,7 +44,10 @@ ROWS: dict[str, dict] = {
     "OPD top-16, teacher's head": {**OPD, "output_loss": "top_k", "lm_head": "teacher"},
     "OPD sampled token, teacher's head": {**OPD, "output_loss": "sampled", "lm_head": "teacher"},
     "OPRD + head metric, teacher's head, last 16": {
-        "logit_weight": 1, "lm_head": "teacher", "positions": "last_k", "position_k": 16
+        "logit_weight": 1,
+        "lm_head": "teacher",
+        "positions": "last_k",
+        "position_k": 16,
     },
 }
 RANDOM = {"teacher_model_name_or_path": str(OUT / "random-teacher")}
@@ -75,8 +78,13 @@ def one_run(row: str, overrides: dict, lr: float, seed: int) -> dict:
 
     directory = OUT / "runs" / f"{row}-{lr:g}-{seed}".replace(" ", "_").replace("'", "")
     arguments = {
-        "output_dir": directory, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "disable_tqdm": "true",
-        "learning_rate": lr, "seed": seed, **overrides,
+        "output_dir": directory,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "disable_tqdm": "true",
+        "learning_rate": lr,
+        "seed": seed,
+        **overrides,
     }
     started = time.perf_counter()
     run(["--config", "miniature", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))])
@@ -84,11 +92,21 @@ def one_run(row: str, overrides: dict, lr: float, seed: int) -> dict:
     model = AutoModelForCausalLM.from_pretrained(directory / "final")
     tokenizer = AutoTokenizer.from_pretrained(directory / "final")
     score = lambda problems: evaluate(model, tokenizer, problems, max_new_tokens=MAX_RESPONSE_TOKENS).summary()  # noqa: E731
-    result = {"row": row, "lr": lr, "seed": seed, "seconds": seconds, "validation": score(validation()), "test": score(held_out())}
+    result = {
+        "row": row,
+        "lr": lr,
+        "seed": seed,
+        "seconds": seconds,
+        "validation": score(validation()),
+        "test": score(held_out()),
+    }
     with (OUT / "results.jsonl").open("a") as file:
         file.write(json.dumps(result) + "\n")
-    print(f"{row} | lr {lr:g} seed {seed}: validation {result['validation']['avg_at_k']:.1f}, "
-          f"test {result['test']['avg_at_k']:.1f}, {seconds:.0f} s", flush=True)
+    print(
+        f"{row} | lr {lr:g} seed {seed}: validation {result['validation']['avg_at_k']:.1f}, "
+        f"test {result['test']['avg_at_k']:.1f}, {seconds:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -114,7 +132,10 @@ def one_row(row: str) -> None:
 
 def table() -> str:
     """Markdown, one line a row, at the learning rate that validation chose."""
-    lines = ["| objective | lr (swept) | Avg@16 | seeds | Best@16 | length | seconds |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| objective | lr (swept) | Avg@16 | seeds | Best@16 | length | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     done = results()
     for row in [*ROWS, *CONTROLS]:
         own = [r for r in done if r["row"] == row]

@@ -1,4 +1,129 @@
-from oprd.training.run import run
+"""The door: parse, then import, then call. ``--help`` never waits for torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
 import sys
-def main():
-    run(sys.argv[2:])
+import textwrap
+
+from oprd.training.options import CHOICES, DATA_HELP, HELP
+
+TRAIN_NOTES = """\
+The student is model_name_or_path, the teacher teacher_model_name_or_path. Every key of trl.DistillationConfig,
+transformers.TrainingArguments and trl.ModelConfig works too (learning_rate, max_steps, max_completion_length, use_vllm,
+use_peft, lora_r, ...). Keys on the command line win over the recipe; an unknown key is an error.
+
+several processes:  accelerate launch -m oprd train --config recipe.yaml
+"""
+
+
+def _settings(title: str, table: dict[str, str]) -> str:
+    lines = [f"{title}:"]
+    for name, text in table.items():
+        choices = f" [{'|'.join(CHOICES[name])}]" if name in CHOICES else ""
+        lines.append(f"  --{name}{choices}")
+        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def train_help() -> str:
+    """What ``oprd train --help`` prints."""
+    usage = (
+        "usage: oprd train --config RECIPE [--key value ...] [--json]\n\nDistil a teacher into a student from a recipe."
+    )
+    recipe = "RECIPE is a YAML file, or the name of one that ships with oprd (oprd train --config miniature)."
+    return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), _settings("objective", HELP), _settings("data", DATA_HELP)])
+
+
+def _train(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(train_help())
+        return 0 if arguments else 2
+    as_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
+    _show_events()
+    from oprd.insight.plots import plot_runs
+    from oprd.insight.tables import run_summary
+    from oprd.training.callbacks import read_metrics
+    from oprd.training.run import run
+
+    directory, is_main = run(arguments)
+    if is_main:
+        metrics = read_metrics(directory / "metrics.jsonl")
+        plots = plot_runs({directory.name: metrics}, directory / "plots")
+        summary = run_summary(metrics) | {"final": str(directory / "final"), "plots": [str(path) for path in plots]}
+        _report([summary], as_json)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from oprd.miniature import demo
+
+    _show_events()
+    if options.rebuild:
+        demo.rebuild_assets()
+        return 0
+    rows = demo.run_demo(options.out, steps=options.steps, seed=options.seed)
+    _report(rows, options.json)
+    print(f"Plots: {options.out}/plots", file=sys.stderr)
+    return 0
+
+
+def _report(rows: list[dict], as_json: bool) -> None:
+    from oprd.insight.tables import format_table
+
+    print(json.dumps(rows, indent=2) if as_json else format_table(rows))
+
+
+def _show_events() -> None:
+    """One line per event of this project on stderr; other libraries' chatter from warnings up."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("oprd: %(message)s"))
+    events = logging.getLogger("oprd")
+    events.handlers, events.propagate = [handler], False
+    events.setLevel(logging.INFO)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; ``train`` leaves its own keys to the recipe parser."""
+    from importlib.metadata import version
+
+    parser = argparse.ArgumentParser(prog="oprd", description="On-policy distillation in hidden-state space.")
+    parser.add_argument("--version", action="version", version=f"oprd {version('oprd')}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
+    demo = commands.add_parser(
+        "demo",
+        help="distil the embedded miniature with OPRD and with OPD top-16 (minutes, CPU)",
+        description="Distil the embedded miniature with OPRD and with OPD top-16 on one budget, and compare.",
+    )
+    demo.add_argument("--out", default="runs/demo", help="where runs and plots go (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=None, help="updates of each method (default: the recipe's)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the rollouts (default: %(default)s)")
+    demo.add_argument(
+        "--rebuild", action="store_true", help="train the miniature's student and teacher again, then stop"
+    )
+    demo.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 when something is wrong with the input (one line on stderr), 2 on bad usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, rest = build_parser().parse_known_args(arguments)
+    if rest and options.command != "train":
+        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _train(rest) if options.command == "train" else _demo(options)
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"oprd: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("oprd: interrupted", file=sys.stderr)
+        return 130

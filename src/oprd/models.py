@@ -77,7 +77,9 @@ class Head:
     def logits(self, states_Nd: Tensor) -> Tensor:
         """``[N, d] -> [N, V]``, with the model's own bias, scale and soft cap."""
         logits_NV = torch.nn.functional.linear(
-            states_Nd, self.weight_Vd.to(states_Nd.dtype), None if self.bias_V is None else self.bias_V.to(states_Nd.dtype)
+            states_Nd,
+            self.weight_Vd.to(states_Nd.dtype),
+            None if self.bias_V is None else self.bias_V.to(states_Nd.dtype),
         )
         logits_NV = logits_NV * self.scale if self.scale != 1.0 else logits_NV
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
@@ -126,7 +128,9 @@ def is_tied(model: nn.Module) -> bool:
 @torch.no_grad()
 def head_drift(student: nn.Module, teacher: nn.Module, vocab_size: int) -> float | None:
     """``|W_T - W_S| / |W_S|`` (Frobenius) over shared tokens; None where widths differ."""
-    own, other = (gathered(causal_lm(m).get_output_embeddings().weight)[:vocab_size].float() for m in (student, teacher))
+    own, other = (
+        gathered(causal_lm(m).get_output_embeddings().weight)[:vocab_size].float() for m in (student, teacher)
+    )
     if own.shape != other.shape:
         return None
     return ((other.to(own.device) - own).norm() / own.norm()).item()
@@ -151,7 +155,9 @@ def adopt_head(student: nn.Module, teacher: nn.Module, vocab_size: int) -> None:
     """Copy the teacher's head over the student's for the tokenizer's ``vocab_size`` tokens; padded rows stay."""
     reason = why_head_cannot_move(student, teacher, vocab_size)
     if reason:
-        raise ValueError(f"The student cannot adopt the teacher's LM head: {reason}. Set lm_head: keep and logit_weight: 1.")
+        raise ValueError(
+            f"The student cannot adopt the teacher's LM head: {reason}. Set lm_head: keep and logit_weight: 1."
+        )
     own, other = (causal_lm(m).get_output_embeddings() for m in (student, teacher))
     own.weight[:vocab_size].copy_(other.weight[:vocab_size])
     if getattr(own, "bias", None) is not None:

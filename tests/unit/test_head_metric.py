@@ -32,7 +32,6 @@ def test_equals_materialised_logits_with_gradients(mask_BT, reduction, own_width
     assert torch.autograd.grad(again, other_head, allow_unused=True) == (None,)
 
 
-
 def test_tied_weights_get_the_gradient_of_both_uses(mask_BT):
     """One tensor as embedding and head: autograd adds the two paths, as with materialised logits."""
     table = torch.randn(VOCAB, 6, dtype=torch.float64, requires_grad=True)

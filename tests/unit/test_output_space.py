@@ -82,10 +82,14 @@ def test_sampled_token_value_and_gradient(logits, mask_BT, reduction):
     tokens = torch.randint(VOCAB, (BATCH, TIME))
     log_p, log_q = (x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (student, teacher))
     loss = sampled_token_loss(student, teacher, tokens, mask_BT, reduction=reduction)
-    torch.testing.assert_close(loss, mean_over(mask_BT, reduction, lambda b, t: (log_p - log_q)[b, t]), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(
+        loss, mean_over(mask_BT, reduction, lambda b, t: (log_p - log_q)[b, t]), atol=1e-7, rtol=1e-6
+    )
     reward = (log_q - log_p).detach()
     policy_gradient = mean_over(mask_BT, reduction, lambda b, t: -reward[b, t] * log_p[b, t])
-    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, policy_gradient)), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, student)[0] for x in (loss, policy_gradient)), atol=1e-8, rtol=1e-6
+    )
 
 
 def test_sampled_token_gradient_is_that_of_the_kl_on_average():

@@ -28,7 +28,8 @@ def naive(student, teacher, mask, kind, reduction, weights):
         if not where:
             continue
         per_position = [
-            sum(w * one_distance(student[layer, b, t], teacher[layer, b, t], kind) for layer, w in enumerate(weights)) / sum(weights)
+            sum(w * one_distance(student[layer, b, t], teacher[layer, b, t], kind) for layer, w in enumerate(weights))
+            / sum(weights)
             for t in where
         ]
         rows.append(sum(per_position) / len(per_position))

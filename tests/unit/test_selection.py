@@ -24,7 +24,13 @@ def test_select_layers(spec, expected):
 
 @pytest.mark.parametrize(
     ("spec", "depth", "message"),
-    [("first", 5, "all, last, even, odd"), ([0], 5, "outside 1..5"), ([6], 5, r"\[6\]"), ([-6], 5, "outside"), ("even", 1, "nothing")],
+    [
+        ("first", 5, "all, last, even, odd"),
+        ([0], 5, "outside 1..5"),
+        ([6], 5, r"\[6\]"),
+        ([-6], 5, "outside"),
+        ("even", 1, "nothing"),
+    ],
 )
 def test_select_layers_refuses(spec, depth, message):
     with pytest.raises(ValueError, match=message):
@@ -54,7 +60,9 @@ def test_select_positions_counts_positions_not_columns(mask_BT):
     assert select_positions(mask_BT, "first_k", 100).equal(mask_BT)
 
 
-@pytest.mark.parametrize(("spec", "k", "message"), [("last_k", None, "position_k"), ("first_k", 0, "position_k"), ("some", 1, "all, last")])
+@pytest.mark.parametrize(
+    ("spec", "k", "message"), [("last_k", None, "position_k"), ("first_k", 0, "position_k"), ("some", 1, "all, last")]
+)
 def test_select_positions_refuses(mask_BT, spec, k, message):
     with pytest.raises(ValueError, match=message):
         select_positions(mask_BT, spec, k)

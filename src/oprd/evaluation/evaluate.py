@@ -76,7 +76,9 @@ def evaluate(
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            inputs = tokenizer([problems[i]["prompt"] for i in batch], padding=True, return_tensors="pt", padding_side="left")
+            inputs = tokenizer(
+                [problems[i]["prompt"] for i in batch], padding=True, return_tensors="pt", padding_side="left"
+            )
             inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
             generated = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
             ended = (generated == tokenizer.eos_token_id).cumsum(1) > 0
@@ -86,5 +88,7 @@ def evaluate(
                 lengths[index].append(length)
             bar.update(len(batch))
     model.train(was_training)
-    correct = [[grade(text, problem["answer"]) for text in row] for row, problem in zip(responses, problems, strict=True)]
+    correct = [
+        [grade(text, problem["answer"]) for text in row] for row, problem in zip(responses, problems, strict=True)
+    ]
     return Evaluation(correct, responses, lengths)

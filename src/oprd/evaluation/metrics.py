@@ -45,7 +45,9 @@ def distinct_n(texts: Sequence[Sequence[str]], n: int = 4) -> float:
     ratios = []
     for samples in texts:
         grams = [
-            tuple(tokens[i : i + n]) for tokens in (text.split() for text in samples) for i in range(len(tokens) - n + 1)
+            tuple(tokens[i : i + n])
+            for tokens in (text.split() for text in samples)
+            for i in range(len(tokens) - n + 1)
         ]
         if grams:
             ratios.append(len(set(grams)) / len(grams))

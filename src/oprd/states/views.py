@@ -92,9 +92,7 @@ def same_tokens(
         raise ValueError(f"state_at must be one of {', '.join(STATE_AT)}, got {state_at!r}.")
     prompt_mask, completion_mask = prompt_mask_BP.bool(), completion_mask_BC.bool()
     prompt_length_B = prompt_mask.sum(dim=1)
-    reading = close_gaps(
-        torch.cat([prompt_ids_BP, completion_ids_BC], 1), torch.cat([prompt_mask, completion_mask], 1)
-    )
+    reading = close_gaps(torch.cat([prompt_ids_BP, completion_ids_BC], 1), torch.cat([prompt_mask, completion_mask], 1))
     column_BC = prompt_length_B.unsqueeze(1) + completion_mask.cumsum(dim=1) - 1  # of token y_t, in the closed row
 
     def pairs(weights_BC: Tensor, shift: int) -> tuple[PositionPairs, Tensor]:
@@ -104,7 +102,9 @@ def same_tokens(
         return PositionPairs(row_N, column_N, column_N), t_N
 
     if bool((prompt_length_B == 0).any()):
-        raise ValueError("A prompt has no tokens, so nothing predicts its first response token. Give every row a prompt.")
+        raise ValueError(
+            "A prompt has no tokens, so nothing predicts its first response token. Give every row a prompt."
+        )
     state_pairs, state_t_N = pairs(state_weights_BC, 1 if state_at == "predictive" else 0)
     output_pairs, output_t_N = pairs(output_weights_BC, 1)
     return Rollout(

@@ -147,6 +147,12 @@ def student_loss(
                 other.logits,
                 objective.chunk_size,
             )
+            if objective.num_layers not in per_layer and own.weight_Vd.shape[1] == other.weight_Vd.shape[1]:
+                cosine_N = cosine_similarity(rollout.output_pairs.of_student(last_BSd), targets.at_outputs)
+                sums[f"cosine/layer_{objective.num_layers:02d}"] = (
+                    cosine_N.sum(),
+                    torch.full_like(num_pairs, len(cosine_N)),
+                )
             total = total + objective.output_weight * output.loss
             terms["output"] = output.loss.detach()
             sums |= _output_sums(output, torch.full_like(num_pairs, len(rollout.output_pairs)))

@@ -77,7 +77,9 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             "would read other text than the student wrote. Use a teacher with the student's tokenizer."
         )
     if isinstance(prompt, list) and teacher.chat_template and student.chat_template:
-        renderings = [t.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for t in (student, teacher)]
+        renderings = [
+            t.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for t in (student, teacher)
+        ]
         if renderings[0] != renderings[1]:
             logger.warning(
                 "The teacher's chat template renders prompts differently; it will read the student's rendering, which is "
@@ -126,7 +128,9 @@ def check_dataset(dataset: Dataset | IterableDataset | None, *, responses_per_pr
         )
     if isinstance(dataset, IterableDataset):
         if responses_per_prompt > 1:
-            raise ValueError("A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole.")
+            raise ValueError(
+                "A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole."
+            )
     elif len(dataset) == 0:
         raise ValueError("train_dataset is empty.")
 
@@ -145,14 +149,23 @@ def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     lengths: list[int] = []
     for start in range(0, len(prompts), batch):
         encoded = tokenizer.apply_chat_template(
-            list(prompts[start : start + batch]), add_generation_prompt=True, tokenize=True, return_dict=True, **template
+            list(prompts[start : start + batch]),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **template,
         )
         lengths += [len(ids) for ids in encoded["input_ids"]]
     return lengths
 
 
 def fit_prompts(
-    dataset: Dataset, lengths: list[int], *, context: int | None, max_prompt_length: int | None, max_completion_length: int
+    dataset: Dataset,
+    lengths: list[int],
+    *,
+    context: int | None,
+    max_prompt_length: int | None,
+    max_completion_length: int,
 ) -> Dataset:
     """Drop prompts over ``max_prompt_length`` (said aloud); refuse those that leave no room for a response.
 
@@ -168,7 +181,9 @@ def fit_prompts(
                 f"max_prompt_length={max_prompt_length} drops every prompt; the shortest has {min(lengths)} tokens."
             )
         if len(kept) < len(lengths):
-            logger.warning(f"Dropped {len(lengths) - len(kept)} of {len(lengths)} prompts over {max_prompt_length} tokens.")
+            logger.warning(
+                f"Dropped {len(lengths) - len(kept)} of {len(lengths)} prompts over {max_prompt_length} tokens."
+            )
             dataset, lengths = dataset.select(kept), [lengths[index] for index in kept]
     longest = max(lengths)
     if context is not None and longest + max_completion_length > context:

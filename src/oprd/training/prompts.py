@@ -100,7 +100,9 @@ def load_prompts(
             raise ValueError(f"{name}, {place}: expected an object with columns, got {type(row).__name__}.")
         column = prompt_column or next((c for c in PROMPT_COLUMNS if c in row), None)
         if column is None or column not in row:
-            wanted = f"column {prompt_column!r}" if prompt_column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
+            wanted = (
+                f"column {prompt_column!r}" if prompt_column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
+            )
             missing = "has no" if prompt_column else "has"
             raise ValueError(f"{name}, {place}: {missing} {wanted}; it has {', '.join(row)}. Set prompt_column.")
         if answer_column is not None and answer_column not in row:
@@ -121,7 +123,9 @@ def _as_dataset(name: str, rows: list[dict[str, Any]]) -> Dataset:
     is_text = isinstance(rows[0]["prompt"], str)
     odd = next((row for row in rows if isinstance(row["prompt"], str) != is_text), None)
     if odd:
-        raise ValueError(f"{name}, {odd['_place']}: text and chat prompts are mixed. Use one kind, or set as_chat: true.")
+        raise ValueError(
+            f"{name}, {odd['_place']}: text and chat prompts are mixed. Use one kind, or set as_chat: true."
+        )
     columns = {"prompt": [row["prompt"] for row in rows]}
     if not is_text:  # one schema for every message
         columns["prompt"] = [[{"role": m["role"], "content": m["content"]} for m in p] for p in columns["prompt"]]

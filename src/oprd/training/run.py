@@ -81,8 +81,10 @@ def _resolved(configs: tuple[Any, ...]) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return value is None or isinstance(value, bool | int | float | str) or (
-        isinstance(value, list) and all(_is_plain(v) for v in value)
+    return (
+        value is None
+        or isinstance(value, bool | int | float | str)
+        or (isinstance(value, list) and all(_is_plain(v) for v in value))
     )
 
 
@@ -106,7 +108,10 @@ def build_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> OPR
     eval_dataset = load_prompts(data.eval_dataset_name, split=data.eval_split, **columns) if evaluates else None
     shared = {"attn_implementation": model.attn_implementation}
     args.model_init_kwargs = {
-        **shared, "revision": model.model_revision, "dtype": model.dtype or "float32", **(args.model_init_kwargs or {})
+        **shared,
+        "revision": model.model_revision,
+        "dtype": model.dtype or "float32",
+        **(args.model_init_kwargs or {}),
     }
     args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
     return OPRDTrainer(
@@ -146,18 +151,20 @@ def save_final(trainer: OPRDTrainer, directory: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def run(arguments: list[str], *, description: str = "distilling") -> Path:
-    """Train from command-line arguments and return the run's directory.
+def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path, bool]:
+    """Train from command-line arguments; the run's directory, and whether this is the main process.
 
-    It holds ``config.yaml`` (repeat with ``oprd train --config``), ``metrics.jsonl``, ``checkpoint-*/``, ``plots/`` is
-    drawn by the command line, and ``final/`` loads with ``AutoModelForCausalLM.from_pretrained``.
+    The directory holds ``config.yaml`` (repeat with ``oprd train --config``), ``metrics.jsonl``, ``checkpoint-*/`` and
+    ``final/``, which loads with ``AutoModelForCausalLM.from_pretrained``.
     """
     data, args, model = parse(arguments)
     settings = _resolved((data, args, model))  # before the trainer fills in anything
     directory = Path(args.output_dir)
     last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
     if last is not None and not data.resume:
-        raise ValueError(f"{directory} already holds {Path(last).name}. Continue it with --resume, or choose another output_dir.")
+        raise ValueError(
+            f"{directory} already holds {Path(last).name}. Continue it with --resume, or choose another output_dir."
+        )
     trainer = build_trainer(data, args, model)
     attach_callbacks(trainer, description)
     if trainer.accelerator.is_main_process:
@@ -165,4 +172,4 @@ def run(arguments: list[str], *, description: str = "distilling") -> Path:
         (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
     trainer.train(resume_from_checkpoint=last if data.resume else None)
     save_final(trainer, directory / "final")
-    return directory
+    return directory, trainer.accelerator.is_main_process

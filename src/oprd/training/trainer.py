@@ -136,7 +136,11 @@ class OPRDTrainer(DistillationTrainer):
             raise ValueError(f"The {side} is a model without a path: pass its tokenizer as processing_class.")
         revision = (args.model_init_kwargs or {}).get("revision") if side == "student" else args.teacher_model_revision
         return AutoTokenizer.from_pretrained(
-            path, revision=revision, padding_side="left", truncation_side="left", trust_remote_code=args.trust_remote_code
+            path,
+            revision=revision,
+            padding_side="left",
+            truncation_side="left",
+            trust_remote_code=args.trust_remote_code,
         )
 
     @staticmethod
@@ -158,7 +162,9 @@ class OPRDTrainer(DistillationTrainer):
             preflight.check_tokenizers(tokenizer, teacher_tokenizer, next(iter(train_dataset))["prompt"])
         ends = [
             preflight.eos_ids(t, self._generation_config_of(m, config))
-            for m, t, config in zip((model, teacher_model), (tokenizer, teacher_tokenizer or tokenizer), configs, strict=True)
+            for m, t, config in zip(
+                (model, teacher_model), (tokenizer, teacher_tokenizer or tokenizer), configs, strict=True
+            )
         ]
         preflight.check_end_tokens(tokenizer, *ends)
         return shapes
