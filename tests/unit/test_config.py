@@ -1,0 +1,164 @@
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from transformers import SchedulerType
+
+from oprd import OPRDConfig
+from oprd.training.config import parse_layers
+from oprd.training.objective import Objective
+from oprd.training.options import CHOICES, HELP
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **settings: OPRDConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"} | settings)
+
+
+def test_defaults(make):
+    config = make()
+    own = {name: getattr(config, name) for name in HELP if name != "resume"}
+    assert own == {
+        "representation_weight": 1.0,
+        "representation_loss": "mse",
+        "layers": "all",
+        "positions": "all",
+        "position_k": 2000,
+        "state_at": "predictive",
+        "logit_weight": 1.0,
+        "output_loss": "none",
+        "output_weight": 1.0,
+        "output_top_k": 16,
+        "top_k_support": "student",
+        "top_k_renormalize": True,
+        "reduction": "sequence",
+        "lm_head": "auto",
+        "responses_per_prompt": 1,
+        "max_prompt_length": None,
+    }
+    assert (config.learning_rate, config.warmup_steps, config.beta) == (1e-5, 0.03, 1.0)
+    assert config.lr_scheduler_type == SchedulerType.COSINE
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+def test_bf16_only_where_the_hardware_has_it(make):
+    assert make().bf16 is False
+    assert make(bf16=True).bf16 is True
+
+
+def test_every_option_is_explained_and_every_choice_an_option():
+    own = {field.name: field for field in fields(OPRDConfig)}
+    assert set(HELP) - {"resume"} <= set(own)
+    assert set(CHOICES) <= set(HELP)
+    for name, allowed in CHOICES.items():
+        assert own[name].default in allowed
+        assert len(set(allowed)) == len(allowed)
+    for name in set(HELP) - {"resume"}:
+        assert own[name].metadata["help"] % {} == HELP[name]  # as argparse will print it
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(make, name):
+    for allowed in CHOICES[name]:
+        assert getattr(make(**{name: allowed}), name) == allowed
+    with pytest.raises(ValueError, match=f"{name} must be one of {', '.join(CHOICES[name])}, got 'other'"):
+        make(**{name: "other"})
+
+
+@pytest.mark.parametrize("name", ["representation_weight", "logit_weight", "output_weight"])
+def test_negative_weights(make, name):
+    with pytest.raises(ValueError, match=f"{name} must not be negative, got -0.5"):
+        make(**{name: -0.5})
+
+
+@pytest.mark.parametrize("name", ["position_k", "output_top_k", "responses_per_prompt"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one(make, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        make(**{name: value})
+
+
+OFF = {"representation_weight": 0.0, "logit_weight": 0.0}
+
+
+@pytest.mark.parametrize("settings", [OFF, OFF | {"output_loss": "full", "output_weight": 0.0}, OFF | {"output_weight": 5}])
+def test_nothing_to_minimise(make, settings):
+    with pytest.raises(ValueError, match="Nothing to minimise"):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    "one", [{"representation_weight": 0.1}, {"logit_weight": 0.1}, {"output_loss": "sampled"}, {"output_loss": "top_k"}]
+)
+def test_one_term_is_enough(make, one):
+    config = make(**OFF | one)
+    assert {name: getattr(config, name) for name in one} == one
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_beta_would_be_ignored(make, beta):
+    with pytest.raises(ValueError, match=f"beta={beta} would be ignored"):
+        make(beta=beta)
+
+
+def test_responses_per_prompt_divides_a_step(make):
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    for responses in (1, 2, 3, 4, 6, 12):
+        assert make(**batch, responses_per_prompt=responses).responses_per_prompt == responses
+    for responses in (5, 8, 24):
+        with pytest.raises(ValueError, match=f"responses_per_prompt={responses} does not divide the 12 responses"):
+            make(**batch, responses_per_prompt=responses)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("all", "all"),
+        ("last", "last"),
+        ("4,8,12", [4, 8, 12]),
+        ("4, 8", [4, 8]),
+        ("[4, 8, 12]", [4, 8, 12]),
+        ("(4, 8)", [4, 8]),
+        ("4", [4]),
+        ("4,", [4]),
+        ("-1", [-1]),
+        ("1,-1", [1, -1]),
+        (4, [4]),
+        ([4, 8], [4, 8]),
+        ((4, 8), [4, 8]),
+    ],
+)
+def test_parse_layers(make, written, expected):
+    assert parse_layers(written) == expected
+    assert make(layers=written).layers == expected
+
+
+@pytest.mark.parametrize("written", ["4:8", "4,x", "layer 4", "[4, 8", "4-"])
+def test_layers_that_are_no_numbers(make, written):
+    with pytest.raises(ValueError, match="neither a name nor a list of numbers such as 4,8,12"):
+        make(layers=written)
+
+
+@pytest.mark.parametrize("line", ["layers: 4,8,12", "layers: [4, 8, 12]", "layers: '4,8,12'"])
+def test_layers_as_a_recipe_writes_them(line):
+    assert parse_layers(yaml.safe_load(line)["layers"]) == [4, 8, 12]
+
+
+def test_the_objective_carries_every_setting(make):
+    chosen = {
+        "representation_weight": 0.5,
+        "representation_loss": "cosine",
+        "logit_weight": 0.25,
+        "output_loss": "top_k",
+        "output_weight": 0.125,
+        "output_top_k": 7,
+        "top_k_support": "union",
+        "top_k_renormalize": False,
+        "temperature": 0.75,
+    }
+    defaults = {field.name: field.default for field in fields(Objective)}
+    assert all(value != defaults[name] for name, value in chosen.items())
+    objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99)
+    assert objective == Objective(layers=(1, 3), num_layers=4, vocab_size=99, **chosen)
+    assert {name for name in HELP if name in defaults} - {"layers"} <= set(chosen)

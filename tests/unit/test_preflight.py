@@ -1,0 +1,275 @@
+import logging
+from types import SimpleNamespace
+
+import pytest
+from accelerate import PartialState
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Gemma3Config, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from oprd.miniature.task import build_tokenizer
+from oprd.training.preflight import (
+    Shapes,
+    check_dataset,
+    check_end_tokens,
+    check_models,
+    check_tokenizers,
+    eos_ids,
+    fit_prompts,
+    prompt_lengths,
+)
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}{% if think %} think think{% endif %}"
+)
+WORDS = ["<pad>", "<eos>", "<eot>", "user", "system", "assistant", "think", "a", "b", "c", "<unk>"]
+
+
+def word_tokenizer(words=WORDS, template=None, eos="<eos>"):
+    """One token a word."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos, unk_token="<unk>", chat_template=template
+    )
+
+
+def shape(layers=4, width=32, vocabulary=64):
+    return Qwen2Config(num_hidden_layers=layers, hidden_size=width, vocab_size=vocabulary, num_attention_heads=4)
+
+
+@pytest.fixture
+def warnings_of(caplog):
+    """What a call says aloud."""
+    PartialState()  # the logger asks it which process this is
+
+    def collect(call):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="oprd.training.preflight"):
+            call()
+        return [record.getMessage() for record in caplog.records if record.name == "oprd.training.preflight"]
+
+    return collect
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def test_equal_shapes():
+    size = len(word_tokenizer())
+    checked = check_models(shape(), shape(), word_tokenizer(), layers="even", compares_states=True)
+    assert checked == Shapes(layers=[2, 4], num_layers=4, vocab_size=size)
+    assert size == len(WORDS)
+
+
+@pytest.mark.parametrize(("own", "other"), [(64, 96), (96, 64), (11, 12)])
+def test_padded_vocabularies_are_cut_to_the_tokenizer(own, other):
+    checked = check_models(
+        shape(vocabulary=own), shape(vocabulary=other), word_tokenizer(), layers=[-1], compares_states=True
+    )
+    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told"),
+    [
+        (shape(layers=6), "4 layers of width 32, the teacher 6 of width 32"),
+        (shape(width=64), "4 layers of width 32, the teacher 4 of width 64"),
+    ],
+)
+def test_other_shapes_need_a_bridge_only_where_states_are_compared(teacher, told):
+    with pytest.raises(ValueError, match=rf"{told}\. .*OPRD-Bridge.*representation_weight: 0.*output_loss: full"):
+        check_models(shape(), teacher, word_tokenizer(), layers="all", compares_states=True)
+    checked = check_models(shape(), teacher, word_tokenizer(), layers="all", compares_states=False)
+    assert checked == Shapes(layers=[1, 2, 3, 4], num_layers=4, vocab_size=len(WORDS))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_fewer_embeddings_than_tokens(role):
+    pair = {"student": shape(), "teacher": shape(), role: shape(vocabulary=10)}
+    with pytest.raises(ValueError, match=rf"The {role} has 10 embeddings for a tokenizer of 11 tokens.*resize_token"):
+        check_models(*pair.values(), word_tokenizer(), layers="all", compares_states=True)
+
+
+def test_added_tokens_count():
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["d", "e"])
+    assert check_models(shape(), shape(), tokenizer, layers="all", compares_states=True).vocab_size == 13
+    with pytest.raises(ValueError, match="12 embeddings for a tokenizer of 13"):
+        check_models(shape(vocabulary=12), shape(), tokenizer, layers="all", compares_states=True)
+
+
+def test_layers_are_those_of_the_student():
+    with pytest.raises(ValueError, match=r"\[5\] are outside 1\.\.4"):
+        check_models(shape(), shape(), word_tokenizer(), layers=[5], compares_states=True)
+
+
+def test_a_config_with_a_text_part():
+    nested = Gemma3Config(
+        text_config={"num_hidden_layers": 4, "hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4}
+    )
+    checked = check_models(nested, shape(), word_tokenizer(), layers="last", compares_states=True)
+    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS))
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizers
+
+MESSAGES = [{"role": "user", "content": "a b"}]
+
+
+@pytest.mark.parametrize("prompt", ["a b", MESSAGES])
+def test_same_tokenizers(warnings_of, prompt):
+    one, other = word_tokenizer(template=TEMPLATE), word_tokenizer(template=TEMPLATE)
+    assert warnings_of(lambda: check_tokenizers(one, other, prompt)) == []
+
+
+def test_other_ids_are_refused_with_examples():
+    swapped = [*WORDS[:7], "b", "a", *WORDS[9:]]
+    with pytest.raises(ValueError, match=r"11 and 11 tokens; 'a' is 7 and 8, 'b' is 8 and 7\)"):
+        check_tokenizers(word_tokenizer(), word_tokenizer(swapped), "a")
+
+
+def test_a_missing_token_is_refused():
+    with pytest.raises(ValueError, match=r"11 and 12 tokens; 'd' is None and 11\)"):
+        check_tokenizers(word_tokenizer(), word_tokenizer([*WORDS, "d"]), "a")
+
+
+def test_no_more_than_three_examples():
+    with pytest.raises(ValueError, match="different tokenizers") as refused:
+        check_tokenizers(word_tokenizer(), build_tokenizer(), "a")
+    assert str(refused.value).count(" is ") == 3
+
+
+def test_another_chat_template_is_said_aloud(warnings_of):
+    student = word_tokenizer(template=TEMPLATE)
+    teacher = word_tokenizer(template="system think " + TEMPLATE)
+    (said,) = warnings_of(lambda: check_tokenizers(student, teacher, MESSAGES))
+    assert "'user a b assistant'" in said
+    assert "'system think user a b assistant'" in said
+    # Only where it is used.
+    assert warnings_of(lambda: check_tokenizers(student, teacher, "a b")) == []
+    assert warnings_of(lambda: check_tokenizers(student, word_tokenizer(), MESSAGES)) == []
+
+
+# --------------------------------------------------------------------------------------------------------- end tokens
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"), [(None, {1}), (2, {1, 2}), ([1, 2], {1, 2}), ([2, 5], {1, 2, 5}), (0, {0, 1})]
+)
+def test_eos_ids(declared, expected):
+    assert eos_ids(word_tokenizer(), GenerationConfig(eos_token_id=declared)) == expected
+
+
+def test_eos_ids_of_one_source_or_none():
+    assert eos_ids(word_tokenizer(), None) == {1}
+    assert eos_ids(word_tokenizer(eos=None), GenerationConfig(eos_token_id=2)) == {2}
+    assert eos_ids(word_tokenizer(eos=None), SimpleNamespace()) == set()
+
+
+@pytest.mark.parametrize(("own", "other"), [({1}, {1}), ({1, 2}, {2}), ({1}, {1, 2}), ({1}, set())])
+def test_end_tokens_that_meet(own, other):
+    check_end_tokens(word_tokenizer(), own, other)
+
+
+def test_end_tokens_that_do_not_meet_are_named():
+    with pytest.raises(ValueError, match=r"ends a response with <eos>, the teacher with <eot>, a\. .*never stop"):
+        check_end_tokens(word_tokenizer(), {1}, {7, 2})
+
+
+def test_no_end_token():
+    with pytest.raises(ValueError, match="has no end token"):
+        check_end_tokens(word_tokenizer(), set(), {1})
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+
+
+def dataset_of(*prompts):
+    return Dataset.from_dict({"prompt": list(prompts)})
+
+
+def test_datasets_that_will_do():
+    check_dataset(dataset_of("a"), responses_per_prompt=4)
+    check_dataset(dataset_of("a").to_iterable_dataset(), responses_per_prompt=1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "responses", "message"),
+    [
+        (None, 1, "missing"),
+        (dataset_of("a").rename_column("prompt", "text"), 1, "no 'prompt' column; it has text"),
+        (Dataset.from_dict({}), 1, "it has none"),
+        (dataset_of("a").select([]), 1, "empty"),
+        (dataset_of("a").to_iterable_dataset(), 2, "streaming.*responses_per_prompt: 1"),
+        (dataset_of("a").rename_column("prompt", "text").to_iterable_dataset(), 1, "no 'prompt' column"),
+    ],
+)
+def test_datasets_that_will_not(dataset, responses, message):
+    with pytest.raises(ValueError, match=message):
+        check_dataset(dataset, responses_per_prompt=responses)
+
+
+def test_lengths_of_text():
+    tokenizer, prompts = build_tokenizer(), ["37+4-9=?", "1", "10+1"]
+    assert prompt_lengths(dataset_of(*prompts), tokenizer) == [len(tokenizer(p)["input_ids"]) for p in prompts]
+    assert prompt_lengths(dataset_of("a b c", "", "a"), word_tokenizer()) == [3, 0, 1]
+
+
+def test_lengths_of_chats_are_those_of_the_rendering():
+    tokenizer = word_tokenizer(template=TEMPLATE)
+    short, long = MESSAGES, [{"role": "system", "content": "c"}, {"role": "user", "content": "a b c"}]
+    assert prompt_lengths(dataset_of(short, long), tokenizer) == [4, 7]  # roles, words and the generation prompt
+    assert prompt_lengths(dataset_of(short, long), tokenizer, think=True) == [6, 9]
+
+
+def test_lengths_of_more_chats_than_one_batch():
+    words = [1 + index % 5 for index in range(2003)]
+    dataset = dataset_of(*([{"role": "user", "content": " ".join("a" * count)}] for count in words))
+    assert prompt_lengths(dataset, word_tokenizer(template=TEMPLATE)) == [count + 2 for count in words]
+
+
+def test_chats_without_a_template():
+    with pytest.raises(ValueError, match="no chat template"):
+        prompt_lengths(dataset_of(MESSAGES), word_tokenizer())
+
+
+def fit(lengths, *, context=None, longest=None, completion=4):
+    dataset = dataset_of(*(f"of {length}" for length in lengths))
+    kept = fit_prompts(
+        dataset, lengths, context=context, max_prompt_length=longest, max_completion_length=completion
+    )
+    return list(kept["prompt"])
+
+
+def test_prompts_that_fit_stay(warnings_of):
+    kept = []
+    assert warnings_of(lambda: kept.extend(fit([3, 1, 6], context=10, longest=6))) == []
+    assert kept == ["of 3", "of 1", "of 6"]
+    assert fit([3, 1, 600]) == ["of 3", "of 1", "of 600"]  # no context known
+
+
+def test_long_prompts_are_dropped_aloud(warnings_of):
+    kept = []
+    (said,) = warnings_of(lambda: kept.extend(fit([3, 9, 1, 7], longest=3, context=7)))
+    assert kept == ["of 3", "of 1"]
+    assert said == "Dropped 2 of 4 prompts over 3 tokens."
+
+
+def test_no_room_for_a_response():
+    with pytest.raises(
+        ValueError, match=r"row 3: a prompt of 8 tokens and a response of 4 .* context of 10 \(2 such .*length: 6 to drop"
+    ):
+        fit([3, 7, 8, 6], context=10)
+    fit([3, 6, 6], context=10)
+
+
+def test_nothing_left():
+    with pytest.raises(ValueError, match="max_prompt_length=2 drops every prompt; the shortest has 3"):
+        fit([3, 5], longest=2)
+
+
+def test_a_prompt_without_tokens():
+    with pytest.raises(ValueError, match="row 2: the prompt has no tokens"):
+        fit([3, 0, 5])
