@@ -6,7 +6,7 @@
 
 Each row is swept over learning rates with seed 0 and judged on the 64 validation problems; the grid grows while its best
 point lies on an edge. The best rate then runs with two more seeds, and all three are scored on the 256 test problems
-(Avg@16, T=0.7). Every run has the same budget: 200 steps of 16 prompts x 2 responses, sampled by the student being
+(Avg@16, T=0.7); the interval is the mean half-width of their bootstrap over problems. Every run has the same budget: 200 steps of 16 prompts x 2 responses, sampled by the student being
 trained. Results are appended to runs/table/results.jsonl, so a stopped run continues where it was.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 OUT = Path("runs/table")
 STEPS, BATCH = 200, 32
-GRID = [5e-4, 1e-3, 2e-3]
+GRID = [1e-3, 2e-3]
 GRID_LIMITS = (6e-5, 2e-2)
 SEEDS = (0, 1, 2)
 
@@ -60,54 +60,75 @@ CONTROLS: dict[str, tuple[dict, float]] = {
 }
 
 
-def results() -> list[dict]:
+Key = tuple[str, float, int]  # row, learning rate, seed
+
+
+def results() -> dict[Key, dict]:
+    """What has been run; a later line adds to an earlier one."""
     path = OUT / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    merged: dict[Key, dict] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        entry = json.loads(line)
+        merged.setdefault((entry["row"], entry["lr"], entry["seed"]), {}).update(entry)
+    return merged
 
 
-def one_run(row: str, overrides: dict, lr: float, seed: int) -> dict:
-    """Train, score on validation and test, and keep the result; or give back the kept one."""
-    for result in results():
-        if (result["row"], result["lr"], result["seed"]) == (row, lr, seed):
-            return result
+def keep(key: Key, **found: object) -> None:
+    entry = dict(zip(("row", "lr", "seed"), key, strict=True)) | found
+    with (OUT / "results.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    scores = [f"{name} {found[name]['avg_at_k']:.1f}" for name in ("validation", "test") if name in found]
+    print(f"{key[0]} | lr {key[1]:g} seed {key[2]}: {', '.join(scores)}", flush=True)
+
+
+def directory_of(key: Key) -> Path:
+    return OUT / "runs" / f"{key[0]}-{key[1]:g}-{key[2]}".replace(" ", "_").replace("'", "")
+
+
+def score(key: Key, problems: list[dict]) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from oprd.evaluation.evaluate import evaluate
-    from oprd.miniature.task import MAX_RESPONSE_TOKENS, held_out, validation
-    from oprd.training.run import run
+    from oprd.miniature.task import MAX_RESPONSE_TOKENS
 
-    directory = OUT / "runs" / f"{row}-{lr:g}-{seed}".replace(" ", "_").replace("'", "")
-    arguments = {
-        "output_dir": directory,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "disable_tqdm": "true",
-        "learning_rate": lr,
-        "seed": seed,
-        **overrides,
-    }
-    started = time.perf_counter()
-    run(["--config", "miniature", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))])
-    seconds = time.perf_counter() - started
-    model = AutoModelForCausalLM.from_pretrained(directory / "final")
-    tokenizer = AutoTokenizer.from_pretrained(directory / "final")
-    score = lambda problems: evaluate(model, tokenizer, problems, max_new_tokens=MAX_RESPONSE_TOKENS).summary()  # noqa: E731
-    result = {
-        "row": row,
-        "lr": lr,
-        "seed": seed,
-        "seconds": seconds,
-        "validation": score(validation()),
-        "test": score(held_out()),
-    }
-    with (OUT / "results.jsonl").open("a") as file:
-        file.write(json.dumps(result) + "\n")
-    print(
-        f"{row} | lr {lr:g} seed {seed}: validation {result['validation']['avg_at_k']:.1f}, "
-        f"test {result['test']['avg_at_k']:.1f}, {seconds:.0f} s",
-        flush=True,
-    )
-    return result
+    path = directory_of(key) / "final"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return evaluate(model, tokenizer, problems, max_new_tokens=MAX_RESPONSE_TOKENS).summary()
+
+
+def train(key: Key, overrides: dict) -> float:
+    """Train unless that has been done; Avg@16 on the validation problems."""
+    if "validation" not in results().get(key, {}):
+        from oprd.miniature.task import validation
+        from oprd.training.run import run
+
+        arguments = {
+            "output_dir": directory_of(key),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH,
+            "disable_tqdm": "true",
+            "learning_rate": key[1],
+            "seed": key[2],
+            **overrides,
+        }
+        started = time.perf_counter()
+        run(
+            [
+                "--config",
+                "miniature",
+                *(str(part) for name, value in arguments.items() for part in (f"--{name}", value)),
+            ]
+        )
+        keep(key, seconds=time.perf_counter() - started, validation=score(key, validation()))
+    return results()[key]["validation"]["avg_at_k"]
+
+
+def test(key: Key) -> None:
+    """Score a trained student on the test problems, once."""
+    if "test" not in results()[key]:
+        from oprd.miniature.task import held_out
+
+        keep(key, test=score(key, held_out()))
 
 
 def one_row(row: str) -> None:
@@ -121,13 +142,13 @@ def one_row(row: str) -> None:
         overrides, grid = ROWS[row], {}
         waiting = list(GRID)
         while waiting:
-            for lr in waiting:
-                grid[lr] = one_run(row, overrides, lr, 0)["validation"]["avg_at_k"]
+            grid |= {lr: train((row, lr, 0), overrides) for lr in waiting}
             best = max(grid, key=grid.get)
             edges = [lr for edge, lr in ((min(grid), best / 2), (max(grid), best * 2)) if edge == best]
             waiting = [lr for lr in edges if GRID_LIMITS[0] <= lr <= GRID_LIMITS[1]]
     for seed in SEEDS:
-        one_run(row, overrides, best, seed)
+        train((row, best, seed), overrides)
+        test((row, best, seed))
 
 
 def table() -> str:
@@ -136,14 +157,16 @@ def table() -> str:
         "| objective | lr (swept) | Avg@16 | seeds | Best@16 | length | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    done = results()
+    done = results().values()
     for row in [*ROWS, *CONTROLS]:
-        own = [r for r in done if r["row"] == row]
+        own = [r for r in done if r["row"] == row and "validation" in r]
         swept = {r["lr"]: r["validation"]["avg_at_k"] for r in own if r["seed"] == 0}
         if not swept:
             continue
         best = max(swept, key=swept.get)
-        runs = sorted((r for r in own if r["lr"] == best), key=lambda r: r["seed"])
+        runs = sorted((r for r in own if r["lr"] == best and "test" in r), key=lambda r: r["seed"])
+        if not runs:
+            continue
         mean = lambda f, runs=runs: sum(map(f, runs)) / len(runs)  # noqa: E731
         scores = ", ".join(f"{r['test']['avg_at_k']:.1f}" for r in runs)
         half = mean(lambda r: (r["test"]["avg_high"] - r["test"]["avg_low"]) / 2)

@@ -80,7 +80,24 @@ def tiny_tokenizer():
     )
 
 
-PROMPTS = ["ab", "abcdef", "xyz", "hello", "q1w2e3", "zz", "maths", "k", "seven77", "tea", "p0", "longerprompt", "u", "vw", "99", "end"]
+PROMPTS = [
+    "ab",
+    "abcdef",
+    "xyz",
+    "hello",
+    "q1w2e3",
+    "zz",
+    "maths",
+    "k",
+    "seven77",
+    "tea",
+    "p0",
+    "longerprompt",
+    "u",
+    "vw",
+    "99",
+    "end",
+]
 
 
 def canned_completion(prompt_ids):
@@ -91,7 +108,9 @@ def canned_completion(prompt_ids):
     return [*ids, 1] if length % 2 else ids
 
 
-def canned_trainer(output_dir, *, model=None, teacher=None, prompts=PROMPTS, answers=None, trainer_kwargs=None, **settings):
+def canned_trainer(
+    output_dir, *, model=None, teacher=None, prompts=PROMPTS, answers=None, trainer_kwargs=None, **settings
+):
     """An `OPRDTrainer` on tiny models whose rollouts are canned, so that runs can be compared exactly."""
     from datasets import Dataset
 

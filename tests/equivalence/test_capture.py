@@ -56,7 +56,9 @@ def test_states_and_gradients_equal_output_hidden_states(architecture, adapter, 
     for layer, (_, states) in results.items():
         torch.testing.assert_close(states[text.mask_BS], slow.hidden_states[layer][text.mask_BS])
     torch.testing.assert_close(last, slow.hidden_states[-1])
-    twin = trainable_gradients(model, sum((slow.hidden_states[i] * w).sum() for i, w in zip(layers, weights, strict=True)))
+    twin = trainable_gradients(
+        model, sum((slow.hidden_states[i] * w).sum() for i, w in zip(layers, weights, strict=True))
+    )
     twin = {name: g for name, g in twin.items() if "lm_head" not in name}
     assert ours.keys() >= twin.keys()
     for name, gradient in twin.items():

@@ -8,16 +8,21 @@ import torch
 from tiny import canned_trainer, logged
 
 
-def main(out, size, settings):
+KEYS = ("loss", "cosine", "loss/representation", "loss/output", "completions/mean_length", "accuracy")
+
+
+def main(out, size, cases):
     torch.set_num_threads(1)
-    trainer = canned_trainer(out, per_device_train_batch_size=size, max_steps=3, **settings)
-    trainer.train()
-    if trainer.accelerator.is_main_process:
+    results = {}
+    for name, settings in cases.items():
+        trainer = canned_trainer(out, per_device_train_batch_size=size, max_steps=3, **settings)
+        trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model)
-        weights = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
-        keys = ("loss", "cosine", "loss/representation", "loss/output", "completions/mean_length", "accuracy")
-        result = {"processes": trainer.accelerator.num_processes, "weights": weights}
-        Path(out, "result.json").write_text(json.dumps(result | {key: logged(trainer, key) for key in keys}))
+        weights = {key: p.detach().flatten().tolist() for key, p in model.named_parameters()}
+        processes = trainer.accelerator.num_processes
+        results[name] = {"processes": processes, "weights": weights, **{key: logged(trainer, key) for key in KEYS}}
+    if trainer.accelerator.is_main_process:
+        Path(out, "result.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

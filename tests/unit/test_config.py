@@ -13,7 +13,9 @@ from oprd.training.options import CHOICES, HELP
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda **settings: OPRDConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"} | settings)
+    return lambda **settings: OPRDConfig(
+        **{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"} | settings
+    )
 
 
 def test_defaults(make):
@@ -82,7 +84,9 @@ def test_counts_below_one(make, name, value):
 OFF = {"representation_weight": 0.0, "logit_weight": 0.0}
 
 
-@pytest.mark.parametrize("settings", [OFF, OFF | {"output_loss": "full", "output_weight": 0.0}, OFF | {"output_weight": 5}])
+@pytest.mark.parametrize(
+    "settings", [OFF, OFF | {"output_loss": "full", "output_weight": 0.0}, OFF | {"output_weight": 5}]
+)
 def test_nothing_to_minimise(make, settings):
     with pytest.raises(ValueError, match="Nothing to minimise"):
         make(**settings)

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from oprd.evaluation import avg_at_k, best_at_k, bootstrap_interval, distinct_n, pass_at_k
 
-CORRECT = [[True, False, False, False], [True, True, True, True], [False, False, False, False], [False, True, True, False]]
+CORRECT = [
+    [True, False, False, False],
+    [True, True, True, True],
+    [False, False, False, False],
+    [False, True, True, False],
+]
 
 
 @st.composite

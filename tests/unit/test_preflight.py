@@ -237,9 +237,7 @@ def test_chats_without_a_template():
 
 def fit(lengths, *, context=None, longest=None, completion=4):
     dataset = dataset_of(*(f"of {length}" for length in lengths))
-    kept = fit_prompts(
-        dataset, lengths, context=context, max_prompt_length=longest, max_completion_length=completion
-    )
+    kept = fit_prompts(dataset, lengths, context=context, max_prompt_length=longest, max_completion_length=completion)
     return list(kept["prompt"])
 
 
@@ -254,12 +252,13 @@ def test_long_prompts_are_dropped_aloud(warnings_of):
     kept = []
     (said,) = warnings_of(lambda: kept.extend(fit([3, 9, 1, 7], longest=3, context=7)))
     assert kept == ["of 3", "of 1"]
-    assert said == "Dropped 2 of 4 prompts over 3 tokens."
+    assert said.endswith("Dropped 2 of 4 prompts over 3 tokens.")  # accelerate may put the rank before it
 
 
 def test_no_room_for_a_response():
     with pytest.raises(
-        ValueError, match=r"row 3: a prompt of 8 tokens and a response of 4 .* context of 10 \(2 such .*length: 6 to drop"
+        ValueError,
+        match=r"row 3: a prompt of 8 tokens and a response of 4 .* context of 10 \(2 such .*length: 6 to drop",
     ):
         fit([3, 7, 8, 6], context=10)
     fit([3, 6, 6], context=10)

@@ -1,0 +1,144 @@
+import logging
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import pytest
+
+from oprd.cli import main
+from oprd.training.options import CHOICES, DATA_HELP, HELP
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def run(capsys):
+    """``main`` in this process: exit status, stdout, stderr. The log handler that it sets up is taken off again."""
+    events = logging.getLogger("oprd")
+    before = events.handlers, events.propagate, events.level
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main(list(arguments))
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    yield call
+    events.handlers, events.propagate = before[:2]
+    events.setLevel(before[2])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "-h"], ["demo", "--help"]])
+def test_help_does_not_wait(arguments):
+    started = time.perf_counter()
+    done = python("-m", "oprd", *arguments)
+    assert time.perf_counter() - started < 2
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: oprd{' ' + arguments[0] if len(arguments) > 1 else ''} ")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "import oprd, oprd.cli",
+        "from oprd.cli import train_help, build_parser; train_help(); build_parser().format_help()",
+    ],
+)
+def test_nothing_heavy_is_imported_first(what):
+    heavy = "{'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'numpy'}"
+    done = python("-c", f"import sys; {what}; print(sorted({heavy} & set(sys.modules)))")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_help_names_both_commands_and_the_version(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "train" in out
+    assert "demo" in out
+    assert run("--version") == (0, f"oprd {version('oprd')}\n", "")
+
+
+def test_train_help_names_every_setting(run):
+    status, out, err = run("train", "--help")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    for name in [*HELP, *DATA_HELP]:
+        choices = f" [{'|'.join(CHOICES[name])}]" if name in CHOICES else ""
+        assert lines.count(f"  --{name}{choices}") == 1
+    flat = " ".join(out.split())
+    for text in [*HELP.values(), *DATA_HELP.values()]:
+        assert text in flat
+
+
+def test_the_settings_in_the_help_are_those_that_the_parser_takes():
+    from dataclasses import fields
+
+    from oprd import OPRDConfig
+    from oprd.training.run import DataConfig
+
+    assert {field.name for field in fields(DataConfig)} == {*DATA_HELP, "resume"}
+    assert set(HELP) <= {field.name for field in fields(OPRDConfig)} | {"resume"}
+
+
+def test_train_alone_shows_how_and_fails(run):
+    status, out, err = run("train")
+    assert (status, err) == (2, "")
+    assert out == run("train", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nothing"], "'nothing'"),
+        ([], "COMMAND"),
+        (["demo", "--nothing"], "--nothing"),
+        (["demo", "--steps", "x"], "x"),
+    ],
+)
+def test_bad_usage(run, arguments, named):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert named in err.splitlines()[-1]
+
+
+def one_line(outcome):
+    """The message of a run that ended with status 1 and one line on stderr."""
+    status, out, err = outcome
+    assert (status, out) == (1, "")
+    assert err.startswith("oprd: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.yaml", "nowhere/miniature.yaml"])
+def test_an_unknown_recipe(run, name):
+    message = one_line(run("train", "--config", name))
+    assert f"no recipe {name}" in message
+    assert "ship with oprd: miniature." in message or "ships with oprd: miniature." in message
+
+
+def test_an_unknown_key(run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}/run\nuse_cpu: true\nlearning_rat: 1.0e-5\n")
+    assert "learning_rat" in one_line(run("train", "--config", str(recipe)))
+    assert "--no_such_key" in one_line(run("train", "--config", "miniature", "--no_such_key", "3"))
+
+
+def test_a_setting_that_cannot_be(run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}/run\nuse_cpu: true\nreduction: sum\n")
+    assert "reduction must be one of sequence, token, got 'sum'" in one_line(run("train", "--config", str(recipe)))
+    recipe.write_text(f"output_dir: {tmp_path}/run\nuse_cpu: true\n")
+    assert "No student: set model_name_or_path" in one_line(run("train", "--config", str(recipe)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_traceback_on_request(run):
+    with pytest.raises(ValueError, match="no recipe nothing"):
+        run("--traceback", "train", "--config", "nothing")
