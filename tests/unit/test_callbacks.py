@@ -47,6 +47,13 @@ def test_a_fresh_run_starts_the_file_again(args, path):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_fresh_run_does_not_read_what_was_there(args, path):
+    log(args, 0, 5)  # an evaluation before the first step logs at step 0
+    path.write_text(path.read_text() + "not JSON\n{}\n")
+    log(args)
+    assert path.read_text() == ""
+
+
 def test_a_resumed_run_keeps_what_its_checkpoint_has_seen(args, path):
     log(args, 4, 8, 12, 16)
     log(args, 12, 16, start=8, seed="again")

@@ -3,9 +3,11 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
+import oprd
 from oprd.cli import main
 from oprd.training.options import CHOICES, DATA_HELP, HELP
 
@@ -120,7 +122,9 @@ def one_line(outcome):
 def test_an_unknown_recipe(run, name):
     message = one_line(run("train", "--config", name))
     assert f"no recipe {name}" in message
-    assert "ship with oprd: miniature." in message or "ships with oprd: miniature." in message
+    shipped = message.partition("ships with oprd: ")[2].rstrip(".\n").split(", ")
+    assert shipped == sorted(path.stem for path in (Path(oprd.__file__).parent / "recipes").glob("*.yaml"))
+    assert "miniature" in shipped
 
 
 def test_an_unknown_key(run, tmp_path):

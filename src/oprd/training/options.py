@@ -39,5 +39,6 @@ DATA_HELP: dict[str, str] = {
     "eval_split": "Split of a Hub evaluation dataset.",
     "prompt_column": "Column with the prompt; found by itself if it is prompt, problem or question.",
     "answer_column": "Column with the reference answer; found by itself if it is answer or reward_model.ground_truth.",
+    "drop_duplicates": "Keep one row of those with the same prompt, and say how many went.",
     "as_chat": "Turn plain-text prompts into one user message, so that the chat template applies.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from oprd.models import resolve_path
+
+logger = logging.getLogger(__name__)
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -82,6 +85,7 @@ def load_prompts(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     as_chat: bool = False,
+    drop_duplicates: bool = False,
 ) -> Dataset:
     """Prompts as a dataset with ``prompt`` (text or chat messages) and, where every row has one, ``answer`` (text).
 
@@ -90,11 +94,14 @@ def load_prompts(
         prompt_column, answer_column: found by themselves in the common layouts: ``prompt`` (with
             ``reward_model.ground_truth``), ``problem``/``answer``, ``question``/``answer``.
         as_chat: make text prompts one user message each.
+        drop_duplicates: keep the first row of each prompt, and say how many went.
 
     Raises:
         ValueError: no rows, no prompt column, or a bad row, which is named with its number (counting from 1).
     """
     kept: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    repeated = 0
     for place, row in _rows(name, config, split):
         if not isinstance(row, dict):
             raise ValueError(f"{name}, {place}: expected an object with columns, got {type(row).__name__}.")
@@ -110,10 +117,18 @@ def load_prompts(
         fault = _prompt_fault(row[column])
         if fault:
             raise ValueError(f"{name}, {place}: {fault}.")
+        if drop_duplicates:
+            fingerprint = json.dumps(row[column], sort_keys=True)
+            if fingerprint in seen:
+                repeated += 1
+                continue
+            seen.add(fingerprint)
         prompt, answer = row[column], _answer(row, answer_column)
         if as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         kept.append({"prompt": prompt, "answer": None if answer is None else str(answer), "_place": place})
+    if repeated:
+        logger.info(f"{name}: dropped {repeated} rows whose prompt had come before; {len(kept)} are left.")
     return _as_dataset(name, kept)
 
 

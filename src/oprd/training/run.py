@@ -35,6 +35,7 @@ class DataConfig:
     eval_split: str = _data("eval_split", "test")
     prompt_column: str | None = _data("prompt_column", None)
     answer_column: str | None = _data("answer_column", None)
+    drop_duplicates: bool = _data("drop_duplicates", False)
     as_chat: bool = _data("as_chat", False)
     resume: bool = field(default=False, metadata={"help": HELP["resume"]})
 
@@ -55,7 +56,7 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     shipped = Path(__file__).parent.parent / "recipes"
-    candidate = shipped / Path(name).with_suffix(".yaml").name
+    candidate = shipped / (name.removesuffix(".yaml") + ".yaml")
     if candidate.exists() and path.parent == Path("."):
         return candidate
     known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
@@ -100,7 +101,11 @@ def build_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> OPR
         raise ValueError("No prompts: set dataset_name to a Hub id or a parquet, json or jsonl file.")
     columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column, "as_chat": data.as_chat}
     train_dataset = load_prompts(
-        data.dataset_name, config=data.dataset_config, split=data.dataset_train_split, **columns
+        data.dataset_name,
+        config=data.dataset_config,
+        split=data.dataset_train_split,
+        drop_duplicates=data.drop_duplicates,
+        **columns,
     )
     evaluates = args.eval_strategy != "no"
     if evaluates and data.eval_dataset_name is None:

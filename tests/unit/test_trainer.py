@@ -1,0 +1,111 @@
+"""What `OPRDTrainer` settles before the first step, and what it refuses."""
+
+import logging
+
+import pytest
+import torch
+from tiny import VOCAB, canned_trainer, logged, tiny_model
+
+PLAIN = {"logit_weight": 0}
+
+
+def head_of(trainer):
+    return trainer.model.lm_head.weight
+
+
+@pytest.mark.parametrize(
+    ("lm_head", "settings", "adopted", "trained"),
+    [
+        ("teacher", {}, True, True),
+        ("teacher", PLAIN, True, False),
+        ("keep", {}, False, True),
+        ("keep", PLAIN, False, False),
+        ("freeze", {}, False, False),
+        ("auto", {}, True, True),
+    ],
+)
+def test_heads(tmp_path, lm_head, settings, adopted, trained):
+    student, teacher = tiny_model(seed=0), tiny_model(seed=1)
+    start = {True: teacher, False: student}[adopted].lm_head.weight.detach().clone()
+    trainer = canned_trainer(tmp_path, model=student, teacher=teacher, lm_head=lm_head, **settings)
+    assert head_of(trainer).equal(start)
+    trainer.train()
+    assert head_of(trainer).equal(start) is not trained
+    assert teacher.lm_head.weight.equal(tiny_model(seed=1).lm_head.weight)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_tied_heads(tmp_path):
+    tied = {"model": tiny_model(seed=0, tied=True), "teacher": tiny_model(seed=1, tied=True)}
+    trainer = canned_trainer(tmp_path, **tied)
+    assert trainer.lm_head == "keep"
+    trainer.train()
+    assert len(logged(trainer)) == 2
+    with pytest.raises(ValueError, match=r"ties its head.*lm_head: keep"):
+        canned_trainer(tmp_path, **tied, lm_head="teacher")
+    with pytest.raises(ValueError, match="freeze the input embeddings"):
+        canned_trainer(tmp_path, **tied, lm_head="freeze")
+
+
+def test_what_was_done_with_the_head_is_said(tmp_path, caplog):
+    # accelerate's logger speaks through the standard one
+    with caplog.at_level(logging.INFO, logger="oprd.training.trainer"):
+        canned_trainer(tmp_path, lm_head="keep", **PLAIN)
+    text = caplog.text
+    assert "the student's own (the teacher's differs by" in text
+    assert "592 parameters that no loss reaches are frozen" in text
+    assert "may not move accuracy" in text
+
+
+def test_padded_vocabulary_is_never_sampled_nor_supervised(tmp_path):
+    student, teacher = tiny_model(seed=0, vocab_size=VOCAB + 3), tiny_model(seed=1, vocab_size=VOCAB + 8)
+    trainer = canned_trainer(tmp_path, model=student, teacher=teacher, output_loss="full")
+    assert trainer.generation_config.suppress_tokens == [VOCAB, VOCAB + 1, VOCAB + 2]
+    start = student.lm_head.weight[VOCAB:].detach().clone()
+    trainer.train()
+    assert trainer.model.lm_head.weight[VOCAB:].equal(start)
+
+
+def test_the_teacher_may_have_another_shape_without_the_state_loss(tmp_path):
+    wide = tiny_model(seed=1, width=32, layers=2)
+    with pytest.raises(ValueError, match=r"3 layers of width 16, the teacher 2 of width 32.*[Bb]ridge"):
+        canned_trainer(tmp_path, teacher=wide)
+    trainer = canned_trainer(tmp_path, teacher=wide, representation_weight=0, output_loss="top_k")
+    assert trainer.lm_head == "keep"
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(logged(trainer))))
+    assert logged(trainer, "cosine/layer_03") == []
+
+
+def test_a_bridge_is_refused_not_ignored(tmp_path):
+    with pytest.raises(ValueError, match="OPRD-Bridge"):
+        canned_trainer(tmp_path, trainer_kwargs={"bridge": object()})
+
+
+def test_a_missing_teacher_and_a_missing_prompt_column(tmp_path):
+    from datasets import Dataset
+
+    from oprd import OPRDConfig, OPRDTrainer
+
+    args = OPRDConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="teacher_model_name_or_path"):
+        OPRDTrainer(model=tiny_model(), args=args, train_dataset=Dataset.from_dict({"prompt": ["a"]}))
+    with pytest.raises(ValueError, match="no 'prompt' column; it has text"):
+        OPRDTrainer(
+            model=tiny_model(), teacher_model=tiny_model(), args=args, train_dataset=Dataset.from_dict({"text": ["a"]})
+        )
+
+
+def test_no_teacher_signal_leaves_the_student_where_it_is(tmp_path):
+    """A student taught by itself has zero reward and zero distance: nothing moves."""
+    for settings in ({}, {"representation_weight": 0, "logit_weight": 0, "output_loss": "sampled"}):
+        trainer = canned_trainer(tmp_path, teacher=tiny_model(seed=0), **settings)
+        trainer.train()
+        for name, start in tiny_model(seed=0).named_parameters():
+            torch.testing.assert_close(dict(trainer.model.named_parameters())[name], start, atol=1e-6, rtol=0)
+
+
+def test_graded_rollouts_are_logged(tmp_path):
+    trainer = canned_trainer(tmp_path, answers=["5"] * 16)
+    trainer.train()
+    assert logged(trainer, "accuracy") == [0.0, 0.0]
