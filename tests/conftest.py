@@ -1,5 +1,6 @@
 """Quiet, offline, one thread: what every test relies on."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,16 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """The command line takes over the project's logger; the next test gets it back."""
+    events = logging.getLogger("oprd")
+    before = events.handlers, events.propagate, events.level
+    yield
+    events.handlers, events.propagate = before[:2]
+    events.setLevel(before[2])
 
 
 @pytest.fixture

@@ -79,6 +79,9 @@ def _report(rows: list[dict], as_json: bool) -> None:
 def _show_events() -> None:
     """One line per event of this project on stderr; other libraries' chatter from warnings up."""
     import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("oprd: %(message)s"))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MINIATURE_PREFIX = "miniature:"
 
@@ -117,6 +118,14 @@ def head_of(model: nn.Module, vocab_size: int | None = None) -> Head:
         logit_scale(config),
         getattr(config, "final_logit_softcapping", None),
     )
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:
+    """Every token that ends a response: the tokenizer's end token and those of the generation config."""
+    declared = getattr(generation_config, "eos_token_id", None)
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {*own, *declared}
 
 
 def is_tied(model: nn.Module) -> bool:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 from oprd.models import backbone_of, causal_lm, decoder_layers
 from oprd.states import visit_states
 from oprd.states.views import close_gaps
+from tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 
 def reading():

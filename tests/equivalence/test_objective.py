@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import VOCAB, reference_states, tiny_batch, tiny_model
 
 from oprd.models import head_of
 from oprd.objectives import position_weights, select_positions
 from oprd.states import same_tokens
 from oprd.training.objective import Objective, student_loss, teacher_states
+from tiny import VOCAB, reference_states, tiny_batch, tiny_model
 
 BASE = Objective(layers=(1, 2, 3), num_layers=3, vocab_size=VOCAB)
 CASES = {

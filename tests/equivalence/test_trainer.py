@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tiny import PROMPTS, canned_completion, canned_trainer, logged, tiny_batch, tiny_model, tiny_tokenizer
 
 OBJECTIVES = {

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import canned_trainer, logged
 
+from tiny import canned_trainer, logged
 
 KEYS = ("loss", "cosine", "loss/representation", "loss/output", "completions/mean_length", "accuracy")
 

@@ -1,6 +1,6 @@
 """One golden trajectory of the miniature through the real command line.
 
-    python tests/integration/test_golden.py      # write it anew, after a change that is meant to move it
+python tests/integration/test_golden.py      # write it anew, after a change that is meant to move it
 """
 
 import json
@@ -12,7 +12,16 @@ import pytest
 GOLDEN = Path(__file__).with_name("golden.json")
 LIBRARIES = ("torch", "transformers", "trl")
 KEYS = ("loss", "loss/representation", "loss/logit", "cosine", "accuracy", "completions/mean_length", "grad_norm")
-ARGUMENTS = ["--max_steps", "5", "--per_device_train_batch_size", "16", "--logging_steps", "1", "--disable_tqdm", "true"]
+ARGUMENTS = [
+    "--max_steps",
+    "5",
+    "--per_device_train_batch_size",
+    "16",
+    "--logging_steps",
+    "1",
+    "--disable_tqdm",
+    "true",
+]
 
 
 def trajectory(directory):

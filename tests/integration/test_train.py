@@ -14,7 +14,9 @@ from oprd.cli import main
 from oprd.training.callbacks import read_metrics
 
 # Public problem sets may lie beside the checkout; without them a file in the same layout is made.
-REAL_DATA = Path(os.environ.get("OPRD_DATA_DIR", Path(__file__).parents[3] / "shared" / "data")) / "dapo-math-1k.parquet"
+REAL_DATA = (
+    Path(os.environ.get("OPRD_DATA_DIR", Path(__file__).parents[3] / "shared" / "data")) / "dapo-math-1k.parquet"
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -53,7 +55,8 @@ def checkpoints(tmp_path_factory, data):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHATML
@@ -151,7 +154,7 @@ def test_from_recipe_to_a_model_that_generates(recipe, tmp_path, checkpoints, ca
     assert summary["steps"] == 3
     assert {Path(p).name for p in summary["plots"]} >= {"accuracy.png", "cosine.png", "length.png", "loss.png"}
     assert not (run / "final" / "training_args.bin").exists()
-    assert "base_model" in (run / "final" / "README.md").read_text()
+    assert "2606.06021" in (run / "final" / "README.md").read_text()
 
 
 def test_a_run_repeats_from_its_own_record(recipe, tmp_path):
@@ -209,7 +212,9 @@ def test_evaluation_during_training(recipe, tmp_path, data):
     assert main(["train", "--config", str(recipe), "--per_device_eval_batch_size", "2", *arguments]) == 0
     last = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_accuracy" in row]
     assert len(last) == 1
-    assert last[0]["eval_loss"] == pytest.approx(last[0]["eval_loss/representation"] + last[0]["eval_loss/logit"], rel=1e-3)
+    assert last[0]["eval_loss"] == pytest.approx(
+        last[0]["eval_loss/representation"] + last[0]["eval_loss/logit"], rel=1e-3
+    )
 
 
 def test_bf16_keeps_losses_in_float32(recipe, tmp_path):

@@ -146,3 +146,16 @@ def test_a_setting_that_cannot_be(run, tmp_path):
 def test_traceback_on_request(run):
     with pytest.raises(ValueError, match="no recipe nothing"):
         run("--traceback", "train", "--config", "nothing")
+
+
+def test_config_without_a_recipe_and_a_recipe_that_is_no_yaml(run, tmp_path):
+    assert run("train", "--config")[0::2] == (
+        1,
+        "oprd: error: --config needs a recipe: a YAML file, or the name of one that ships with oprd.\n",
+    )
+    path = tmp_path / "r.yaml"
+    path.write_text("a: [1,\n")
+    for arguments in (["--config", str(path)], [f"--config={path}"]):
+        status, _, error = run("train", *arguments)
+        assert status == 1
+        assert error.startswith("oprd: error: The recipe is not valid YAML")

@@ -70,7 +70,7 @@ def test_choices(make, name):
 
 @pytest.mark.parametrize("name", ["representation_weight", "logit_weight", "output_weight"])
 def test_negative_weights(make, name):
-    with pytest.raises(ValueError, match=f"{name} must not be negative, got -0.5"):
+    with pytest.raises(ValueError, match=f"{name} must be a number that is not negative, got -0.5"):
         make(**{name: -0.5})
 
 
@@ -140,7 +140,7 @@ def test_parse_layers(make, written, expected):
 
 @pytest.mark.parametrize("written", ["4:8", "4,x", "layer 4", "[4, 8", "4-"])
 def test_layers_that_are_no_numbers(make, written):
-    with pytest.raises(ValueError, match="neither a name nor a list of numbers such as 4,8,12"):
+    with pytest.raises(ValueError, match="neither a name nor a list of whole numbers such as 4,8,12"):
         make(layers=written)
 
 
@@ -166,3 +166,20 @@ def test_the_objective_carries_every_setting(make):
     objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99)
     assert objective == Objective(layers=(1, 3), num_layers=4, vocab_size=99, **chosen)
     assert {name for name in HELP if name in defaults} - {"layers"} <= set(chosen)
+
+
+@pytest.mark.parametrize("value", ["4.5", "1e1", 4.5, None, "4,8.7", True, "{4: 8}", "[1,", ["a"]])
+def test_layers_that_are_no_whole_numbers(value):
+    with pytest.raises(ValueError, match="whole numbers such as 4,8,12"):
+        parse_layers(value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("logit_weight", float("nan")), ("output_weight", float("inf"))])
+def test_weights_that_are_no_numbers(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        OPRDConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_max_prompt_length_of_zero(tmp_path):
+    with pytest.raises(ValueError, match="max_prompt_length must be at least 1"):
+        OPRDConfig(output_dir=str(tmp_path), use_cpu=True, max_prompt_length=0)

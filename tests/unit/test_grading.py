@@ -89,3 +89,9 @@ def test_only_the_last_box_counts_and_no_box_is_wrong():
 def test_space_around_the_reference_does_not_matter():
     assert grade(r"\boxed{east}", " east\n")
     assert grade(r"\boxed{ 12 }", " 12 ")
+
+
+def test_a_pair_is_not_a_number():
+    assert not grade(r"\boxed{1,2}", "12")
+    assert not grade(r"\boxed{12}", "1,2")
+    assert grade(r"\boxed{12,345}", "12345")

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, VOCAB, tiny_model
 
 from oprd import models
+from tiny import ARCHITECTURES, VOCAB, tiny_model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -8,13 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma3Config, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from oprd.miniature.task import build_tokenizer
+from oprd.models import end_token_ids
 from oprd.training.preflight import (
     Shapes,
     check_dataset,
     check_end_tokens,
     check_models,
     check_tokenizers,
-    eos_ids,
     fit_prompts,
     prompt_lengths,
 )
@@ -158,14 +158,14 @@ def test_another_chat_template_is_said_aloud(warnings_of):
 @pytest.mark.parametrize(
     ("declared", "expected"), [(None, {1}), (2, {1, 2}), ([1, 2], {1, 2}), ([2, 5], {1, 2, 5}), (0, {0, 1})]
 )
-def test_eos_ids(declared, expected):
-    assert eos_ids(word_tokenizer(), GenerationConfig(eos_token_id=declared)) == expected
+def test_end_token_ids(declared, expected):
+    assert end_token_ids(word_tokenizer(), GenerationConfig(eos_token_id=declared)) == expected
 
 
-def test_eos_ids_of_one_source_or_none():
-    assert eos_ids(word_tokenizer(), None) == {1}
-    assert eos_ids(word_tokenizer(eos=None), GenerationConfig(eos_token_id=2)) == {2}
-    assert eos_ids(word_tokenizer(eos=None), SimpleNamespace()) == set()
+def test_end_token_ids_of_one_source_or_none():
+    assert end_token_ids(word_tokenizer(), None) == {1}
+    assert end_token_ids(word_tokenizer(eos=None), GenerationConfig(eos_token_id=2)) == {2}
+    assert end_token_ids(word_tokenizer(eos=None), SimpleNamespace()) == set()
 
 
 @pytest.mark.parametrize(("own", "other"), [({1}, {1}), ({1, 2}, {2}), ({1}, {1, 2}), ({1}, set())])
@@ -272,3 +272,11 @@ def test_nothing_left():
 def test_a_prompt_without_tokens():
     with pytest.raises(ValueError, match="row 2: the prompt has no tokens"):
         fit([3, 0, 5])
+
+
+def test_the_row_at_fault_is_counted_in_the_file_not_in_what_is_left():
+    dataset = Dataset.from_dict({"prompt": ["w", "x", "y", "z"]})
+    with pytest.raises(ValueError, match=r"row 4: a prompt of 8 tokens.*max_prompt_length: 6"):
+        fit_prompts(dataset, [50, 3, 50, 8], context=10, max_prompt_length=20, max_completion_length=4)
+    with pytest.raises(ValueError, match=r"Lower max_completion_length\.$"):
+        fit_prompts(dataset, [5, 3, 5, 8], context=10, max_prompt_length=None, max_completion_length=10)

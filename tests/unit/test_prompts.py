@@ -212,3 +212,34 @@ def test_an_unknown_kind_of_file(tmp_path):
 def test_an_unknown_file_of_the_package():
     with pytest.raises(ValueError, match=r"miniature:nothing\.jsonl.*miniature:train\.jsonl"):
         load_prompts("miniature:nothing.jsonl")
+
+
+def test_line_separators_inside_json_strings(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"prompt": "a\u2028b", "answer": "1"}\n{"prompt": "c\u0085d", "answer": "2"}\n', encoding="utf-8-sig"
+    )
+    assert load_prompts(str(path))["prompt"] == ["a\u2028b", "c\u0085d"]
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match=r"p\.jsonl: not UTF-8"):
+        load_prompts(str(path))
+
+
+def test_an_answer_beside_an_empty_reward_model(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1", "reward_model": {"style": "rule"}}')
+    assert load_prompts(str(path))["answer"] == ["1"]
+
+
+def test_duplicates_are_dropped_aloud(tmp_path, caplog):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f'{{"prompt": "{prompt}", "answer": "{n}"}}\n' for n, prompt in enumerate("abacb")))
+    assert load_prompts(str(path))["prompt"] == list("abacb")
+    with caplog.at_level("INFO", logger="oprd.training.prompts"):
+        kept = load_prompts(str(path), drop_duplicates=True)
+    assert (list(kept["prompt"]), list(kept["answer"])) == (["a", "b", "c"], ["0", "1", "3"])
+    assert "dropped 2 rows" in caplog.text

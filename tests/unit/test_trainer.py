@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+
 from tiny import VOCAB, canned_trainer, logged, tiny_model
 
 PLAIN = {"logit_weight": 0}

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny import tiny_batch
 
 from oprd.objectives import position_weights, select_positions
 from oprd.states import same_tokens
 from oprd.states.views import close_gaps
+from tiny import tiny_batch
 
 
 def rollout_of(batch, *, state_mask=None, output_mask=None, **kwargs):

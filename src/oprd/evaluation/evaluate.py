@@ -9,6 +9,7 @@ import torch
 
 from oprd.evaluation.grading import grade
 from oprd.evaluation.metrics import avg_at_k, best_at_k, bootstrap_interval
+from oprd.models import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ def evaluate(
     seed: int = 0,
     progress: str | None = None,
 ) -> Evaluation:
-    """Draw ``samples`` answers to each problem (text ``prompt``, reference ``answer``) and grade the last boxed one.
+    """Draw ``samples`` answers to each problem (a text ``prompt``, reference ``answer``) and grade the last boxed one.
 
     ``progress`` names a progress bar on stderr. The random state outside is left as it was.
     """
     from tqdm.auto import tqdm
     from transformers import GenerationConfig
 
+    ends = end_token_ids(tokenizer, model.generation_config)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
@@ -62,7 +64,7 @@ def evaluate(
         top_p=top_p,
         top_k=0,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends),
         cache_implementation="static",
         disable_compile=True,
     )
@@ -72,22 +74,27 @@ def evaluate(
     lengths: list[list[int]] = [[] for _ in problems]
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(), tqdm(total=len(jobs), desc=progress, unit="answer", disable=progress is None) as bar:
-        torch.manual_seed(seed)
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            inputs = tokenizer(
-                [problems[i]["prompt"] for i in batch], padding=True, return_tensors="pt", padding_side="left"
-            )
-            inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            generated = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-            ended = (generated == tokenizer.eos_token_id).cumsum(1) > 0
-            kept = (~ended).sum(1) + ended.any(1)  # the end token counts
-            for index, ids, length in zip(batch, generated, kept.tolist(), strict=True):
-                responses[index].append(tokenizer.decode(ids[:length], skip_special_tokens=True))
-                lengths[index].append(length)
-            bar.update(len(batch))
-    model.train(was_training)
+    end_ids = torch.tensor(sorted(ends), device=model.device)
+    try:
+        with (
+            torch.random.fork_rng(),
+            tqdm(total=len(jobs), desc=progress, unit="answer", disable=progress is None) as bar,
+        ):
+            torch.manual_seed(seed)
+            for start in range(0, len(jobs), batch_size):
+                batch = jobs[start : start + batch_size]
+                texts = [problems[i]["prompt"] for i in batch]
+                inputs = tokenizer(texts, padding=True, return_tensors="pt", padding_side="left")
+                inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+                generated = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+                ended = torch.isin(generated, end_ids).cumsum(1) > 0
+                kept = (~ended).sum(1) + ended.any(1)  # the end token counts
+                for index, ids, length in zip(batch, generated, kept.tolist(), strict=True):
+                    responses[index].append(tokenizer.decode(ids[:length], skip_special_tokens=True))
+                    lengths[index].append(length)
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
     correct = [
         [grade(text, problem["answer"]) for text in row] for row, problem in zip(responses, problems, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 
@@ -22,9 +23,13 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+
+
 def _number(text: str) -> Decimal | None:
+    text = text.strip().strip("$")
     try:
-        value = Decimal(text.strip().strip("$").replace(",", ""))
+        value = Decimal(text.replace(",", "") if _THOUSANDS.fullmatch(text) else text)
     except InvalidOperation:
         return None
     return value if value.is_finite() else None

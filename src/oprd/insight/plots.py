@@ -18,7 +18,7 @@ CURVES = {  # file name -> (title, keys: the first that a run logged)
 
 def _last_layer_cosine(row: Mapping[str, Any]) -> float | None:
     layers = [key for key in row if key.startswith("cosine/layer_")]
-    return row[max(layers)] if layers else None
+    return row[max(layers, key=lambda name: int(name.rsplit("_", 1)[1]))] if layers else None
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[int], list[float]]:

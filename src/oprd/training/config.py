@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -53,7 +54,7 @@ class OPRDConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         self.layers = parse_layers(self.layers)
         self._check_choices()
@@ -65,10 +66,10 @@ class OPRDConfig(DistillationConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         for name in ("representation_weight", "logit_weight", "output_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("position_k", "output_top_k", "responses_per_prompt"):
-            if getattr(self, name) < 1:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")
+        for name in ("position_k", "output_top_k", "responses_per_prompt", "max_prompt_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def _check_objective(self) -> None:
@@ -103,9 +104,15 @@ class OPRDConfig(DistillationConfig):
 
 def parse_layers(value: str | int | list[int]) -> str | list[int]:
     """``all`` and its like as they are; ``4,8,12`` or ``[4, 8, 12]`` as a list of numbers."""
+    parsed = value
     if isinstance(value, str) and any(c.isdigit() for c in value):
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"layers={value!r} is neither a name nor a list of numbers such as 4,8,12.") from error
-    return value if isinstance(value, str) else [value] if isinstance(value, int) else [int(v) for v in value]
+            parsed = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed = None
+    if isinstance(parsed, str):
+        return parsed
+    numbers = [parsed] if isinstance(parsed, int) else parsed
+    if not isinstance(numbers, list | tuple) or any(type(number) is not int for number in numbers):
+        raise ValueError(f"layers={value!r} is neither a name nor a list of whole numbers such as 4,8,12.")
+    return list(numbers)

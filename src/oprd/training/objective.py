@@ -46,7 +46,6 @@ class Objective:
     top_k_support: str = "student"
     top_k_renormalize: bool = True
     temperature: float = 1.0
-    train_head: bool = True
     chunk_size: int = 1024
 
     @property

@@ -87,14 +87,6 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
-def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:
-    """Every token that ends a response: the tokenizer's end token and those of the generation config."""
-    declared = getattr(generation_config, "eos_token_id", None)
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return {*own, *declared}
-
-
 def check_end_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int]) -> None:
     """The two must share a token that ends a response; else the student unlearns to stop and lengths explode.
 
@@ -174,6 +166,7 @@ def fit_prompts(
     """
     if 0 in lengths:
         raise ValueError(f"train_dataset, row {lengths.index(0) + 1}: the prompt has no tokens.")
+    rows = list(range(1, len(lengths) + 1))
     if max_prompt_length is not None:
         kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
         if not kept:
@@ -185,12 +178,15 @@ def fit_prompts(
                 f"Dropped {len(lengths) - len(kept)} of {len(lengths)} prompts over {max_prompt_length} tokens."
             )
             dataset, lengths = dataset.select(kept), [lengths[index] for index in kept]
+            rows = [index + 1 for index in kept]
     longest = max(lengths)
     if context is not None and longest + max_completion_length > context:
         over = sum(length + max_completion_length > context for length in lengths)
+        room = context - max_completion_length
+        drop = f", or set max_prompt_length: {room} to drop them" if room >= min(lengths) else ""
         raise ValueError(
-            f"train_dataset, row {lengths.index(longest) + 1}: a prompt of {longest} tokens and a response of "
+            f"train_dataset, row {rows[lengths.index(longest)]}: a prompt of {longest} tokens and a response of "
             f"{max_completion_length} do not fit the context of {context} ({over} such rows). Lower "
-            f"max_completion_length, or set max_prompt_length: {max(context - max_completion_length, 0)} to drop them."
+            f"max_completion_length{drop}."
         )
     return dataset

@@ -21,15 +21,18 @@ FILE_KINDS = (".parquet", ".json", ".jsonl")
 
 def _json_rows(path: Path) -> Iterable[tuple[str, Any]]:
     """Rows of a json list or of json lines, each with its place for messages."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not UTF-8 text (byte {error.start}).") from error
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
@@ -40,10 +43,10 @@ def _json_rows(path: Path) -> Iterable[tuple[str, Any]]:
 
 def _rows(name: str, config: str | None, split: str) -> Iterable[tuple[str, Any]]:
     path = Path(resolve_path(name))
-    if path.suffix in FILE_KINDS:
+    if path.suffix.lower() in FILE_KINDS:
         if not path.is_file():
             raise ValueError(f"There is no file {path}. Give a parquet, json or jsonl file, or a Hub dataset id.")
-        if path.suffix != ".parquet":
+        if path.suffix.lower() != ".parquet":
             return _json_rows(path)
         dataset = Dataset.from_parquet(str(path), keep_in_memory=True)
     elif path.exists():
@@ -72,8 +75,8 @@ def _prompt_fault(prompt: Any) -> str | None:
 def _answer(row: dict[str, Any], column: str | None) -> Any:
     if column is not None:
         return row[column]
-    if isinstance(row.get("reward_model"), dict):
-        return row["reward_model"].get("ground_truth")
+    if isinstance(row.get("reward_model"), dict) and row["reward_model"].get("ground_truth") is not None:
+        return row["reward_model"]["ground_truth"]
     return row.get("answer")
 
 

@@ -42,12 +42,17 @@ class DataConfig:
 
 def parse(arguments: list[str]) -> tuple[DataConfig, OPRDConfig, ModelConfig]:
     """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     parser = TrlParser((DataConfig, OPRDConfig, ModelConfig), prog="oprd train")
     if "--config" in arguments:
         position = arguments.index("--config") + 1
-        if position < len(arguments):
-            arguments = [*arguments[:position], str(find_recipe(arguments[position])), *arguments[position + 1 :]]
-    return parser.parse_args_and_config(arguments)
+        if position == len(arguments):
+            raise ValueError("--config needs a recipe: a YAML file, or the name of one that ships with oprd.")
+        arguments = [*arguments[:position], str(find_recipe(arguments[position])), *arguments[position + 1 :]]
+    try:
+        return parser.parse_args_and_config(arguments)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe is not valid YAML: {error}") from error
 
 
 def find_recipe(name: str) -> Path:

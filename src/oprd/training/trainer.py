@@ -161,7 +161,7 @@ class OPRDTrainer(DistillationTrainer):
         if teacher_tokenizer is not None:
             preflight.check_tokenizers(tokenizer, teacher_tokenizer, next(iter(train_dataset))["prompt"])
         ends = [
-            preflight.eos_ids(t, self._generation_config_of(m, config))
+            models.end_token_ids(t, self._generation_config_of(m, config))
             for m, t, config in zip(
                 (model, teacher_model), (tokenizer, teacher_tokenizer or tokenizer), configs, strict=True
             )
