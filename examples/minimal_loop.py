@@ -3,9 +3,9 @@
     python examples/minimal_loop.py
 
 A student writes answers, both models read them, and the student's hidden states are pulled towards the teacher's at
-every layer, just before each token of the answer (Eq. 6). Beside that, its logits are matched through d x d Gram
-matrices, so that the LM head moves along; no logit is ever formed. A test says that the loss and its gradient are the
-trainer's.
+every layer, just before each token of the answer (Eq. 6). No logit is formed: the student starts from the teacher's LM
+head, or, where it cannot (tied heads), logits are matched through d x d Gram matrices so that its own head moves along.
+A test says that the loss and its gradient are the trainer's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def hidden_states(model, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(output.hidden_states[1:])
 
 
-def oprd_loss(student, teacher, prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Tensor:
+def oprd_loss(
+    student, teacher, prompts: list[list[int]], responses: list[list[int]], pad_id: int, logit_weight: float = 0.0
+) -> Tensor:
     """Eq. 6 over all layers and positions, plus exact logit matching; both a mean over each answer, then over answers."""
     ids, mask = pad([p + r for p, r in zip(prompts, responses, strict=True)], pad_id)
     own_LBSd = hidden_states(student, ids, mask)
@@ -60,7 +62,7 @@ def oprd_loss(student, teacher, prompts: list[list[int]], responses: list[list[i
         + ((goal_BSd @ (goal_head.T @ goal_head)) * goal_BSd).sum(-1)
     ) / len(own_head)
 
-    return (weight_BS * (representation_BS + logits_BS)).sum()
+    return (weight_BS * (representation_BS + logit_weight * logits_BS)).sum()
 
 
 @torch.no_grad()

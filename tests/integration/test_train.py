@@ -100,6 +100,7 @@ def recipe(tmp_path, checkpoints, data):
         "responses_per_prompt": 2,
         "max_completion_length": 12,
         "learning_rate": 1e-3,
+        "logit_weight": 1.0,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -28,7 +28,7 @@ def test_defaults(make):
         "positions": "all",
         "position_k": 2000,
         "state_at": "predictive",
-        "logit_weight": 1.0,
+        "logit_weight": None,
         "output_loss": "none",
         "output_weight": 1.0,
         "output_top_k": 16,
@@ -163,7 +163,7 @@ def test_the_objective_carries_every_setting(make):
     }
     defaults = {field.name: field.default for field in fields(Objective)}
     assert all(value != defaults[name] for name, value in chosen.items())
-    objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99)
+    objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99, head_adopted=True)
     assert objective == Objective(layers=(1, 3), num_layers=4, vocab_size=99, **chosen)
     assert {name for name in HELP if name in defaults} - {"layers"} <= set(chosen)
 

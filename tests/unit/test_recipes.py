@@ -23,7 +23,7 @@ def test_recipe_parses(name):
         owner = next(c for c in (data, args, model) if hasattr(c, key))
         value = getattr(owner, key)
         assert getattr(value, "value", value) == pytest.approx(settings[key]), key
-    objective = args.objective(layers=select_layers(args.layers, 28), num_layers=28, vocab_size=10)
+    objective = args.objective(layers=select_layers(args.layers, 28), num_layers=28, vocab_size=10, head_adopted=True)
     assert objective.uses_output == (settings.get("output_loss", "none") != "none")
     assert data.dataset_name and model.model_name_or_path and args.teacher_model_name_or_path
     resolve_path(model.model_name_or_path)

@@ -8,6 +8,7 @@ import torch
 from tiny import VOCAB, canned_trainer, logged, tiny_model
 
 PLAIN = {"logit_weight": 0}
+WITH_LOGITS = {"logit_weight": 1}
 
 
 def head_of(trainer):
@@ -17,12 +18,13 @@ def head_of(trainer):
 @pytest.mark.parametrize(
     ("lm_head", "settings", "adopted", "trained"),
     [
-        ("teacher", {}, True, True),
-        ("teacher", PLAIN, True, False),
+        ("teacher", {}, True, False),
+        ("teacher", WITH_LOGITS, True, True),
+        ("teacher", {"output_loss": "top_k"}, True, True),
         ("keep", {}, False, True),
         ("keep", PLAIN, False, False),
-        ("freeze", {}, False, False),
-        ("auto", {}, True, True),
+        ("freeze", WITH_LOGITS, False, False),
+        ("auto", {}, True, False),
     ],
 )
 def test_heads(tmp_path, lm_head, settings, adopted, trained):
@@ -36,10 +38,26 @@ def test_heads(tmp_path, lm_head, settings, adopted, trained):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0.0),
+        ({"lm_head": "keep"}, 1.0),
+        ({"lm_head": "freeze"}, 1.0),
+        ({"lm_head": "keep", "output_loss": "sampled"}, 0.0),
+        ({"lm_head": "keep", "output_loss": "sampled", "representation_weight": 0}, 0.0),
+        ({"lm_head": "keep", "logit_weight": 0.25}, 0.25),
+        ({"logit_weight": 2.0}, 2.0),
+    ],
+)
+def test_an_open_logit_weight_trains_a_head_that_nothing_else_would(tmp_path, settings, expected):
+    assert canned_trainer(tmp_path, **settings).objective.logit_weight == expected
+
+
 def test_tied_heads(tmp_path):
     tied = {"model": tiny_model(seed=0, tied=True), "teacher": tiny_model(seed=1, tied=True)}
     trainer = canned_trainer(tmp_path, **tied)
-    assert trainer.lm_head == "keep"
+    assert (trainer.lm_head, trainer.objective.logit_weight) == ("keep", 1.0)
     trainer.train()
     assert len(logged(trainer)) == 2
     with pytest.raises(ValueError, match=r"ties its head.*lm_head: keep"):
@@ -54,6 +72,7 @@ def test_what_was_done_with_the_head_is_said(tmp_path, caplog):
         canned_trainer(tmp_path, lm_head="keep", **PLAIN)
     text = caplog.text
     assert "the student's own (the teacher's differs by" in text
+    assert "logit_weight 0." in text
     assert "592 parameters that no loss reaches are frozen" in text
     assert "may not move accuracy" in text
 
@@ -99,7 +118,7 @@ def test_a_missing_teacher_and_a_missing_prompt_column(tmp_path):
 
 def test_no_teacher_signal_leaves_the_student_where_it_is(tmp_path):
     """A student taught by itself has zero reward and zero distance: nothing moves."""
-    for settings in ({}, {"representation_weight": 0, "logit_weight": 0, "output_loss": "sampled"}):
+    for settings in (WITH_LOGITS, {"representation_weight": 0, "logit_weight": 0, "output_loss": "sampled"}):
         trainer = canned_trainer(tmp_path, teacher=tiny_model(seed=0), **settings)
         trainer.train()
         for name, start in tiny_model(seed=0).named_parameters():

@@ -41,7 +41,7 @@ class OPRDConfig(DistillationConfig):
     positions: str = _option("positions", "all")
     position_k: int = _option("position_k", 2000)
     state_at: str = _option("state_at", "predictive")
-    logit_weight: float = _option("logit_weight", 1.0)
+    logit_weight: float | None = _option("logit_weight", None)
     output_loss: str = _option("output_loss", "none")
     output_weight: float = _option("output_weight", 1.0)
     output_top_k: int = _option("output_top_k", 16)
@@ -66,7 +66,7 @@ class OPRDConfig(DistillationConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         for name in ("representation_weight", "logit_weight", "output_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")
         for name in ("position_k", "output_top_k", "responses_per_prompt", "max_prompt_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -91,13 +91,20 @@ class OPRDConfig(DistillationConfig):
                 "(per_device_train_batch_size x gradient_accumulation_steps x processes)."
             )
 
-    def objective(self, *, layers: list[int], num_layers: int, vocab_size: int) -> Objective:
-        """The objective in plain values, for models of ``num_layers`` that share ``vocab_size`` tokens."""
-        shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)} - {"layers"}
+    def objective(self, *, layers: list[int], num_layers: int, vocab_size: int, head_adopted: bool) -> Objective:
+        """The objective in plain values, for models of ``num_layers`` that share ``vocab_size`` tokens.
+
+        Settles an open ``logit_weight``: a student whose states move towards the teacher's under its own head needs a term
+        that moves the head along (docs/results.md), unless it adopted the teacher's or an output loss trains it.
+        """
+        output = self.output_loss != "none" and self.output_weight > 0
+        needed = self.representation_weight > 0 and not head_adopted and not output
+        shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)} - {"layers", "logit_weight"}
         return Objective(
             layers=tuple(layers),
             num_layers=num_layers,
             vocab_size=vocab_size,
+            logit_weight=float(needed) if self.logit_weight is None else self.logit_weight,
             **{name: getattr(self, name) for name in shared},
         )
 

@@ -17,7 +17,8 @@ HELP: dict[str, str] = {
     "positions": "Response positions whose states are compared: all, last, first_k, last_k.",
     "position_k": "The k of first_k and last_k. A shorter response keeps all of its positions.",
     "state_at": "predictive: the state that predicts a token; token: the state at the token itself.",
-    "logit_weight": "Weight of exact full-vocabulary logit matching through d x d Gram matrices. 0 turns it off.",
+    "logit_weight": "Weight of exact full-vocabulary logit matching through d x d Gram matrices. By default 0, or 1 where "
+    "the student keeps an LM head that nothing else would train.",
     "output_loss": "Next-token objective: none, sampled (Eq. 3), top_k (Eq. 5), full reverse KL (Eq. 4).",
     "output_weight": "Weight of the next-token objective.",
     "output_top_k": "The k of output_loss: top_k.",

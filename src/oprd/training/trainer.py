@@ -112,12 +112,16 @@ class OPRDTrainer(DistillationTrainer):
             tools=tools,
         )
         self.vocab_size = shapes.vocab_size
-        self.objective = args.objective(
-            layers=shapes.layers, num_layers=shapes.num_layers, vocab_size=shapes.vocab_size
-        )
         teacher = self._load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         teacher.requires_grad_(False).eval()
-        self.lm_head = self._settle_head(teacher)
+        self.lm_head, why = self._adopt_or_keep_head(teacher)
+        self.objective = args.objective(
+            layers=shapes.layers,
+            num_layers=shapes.num_layers,
+            vocab_size=shapes.vocab_size,
+            head_adopted=self.lm_head == "teacher",
+        )
+        self._freeze_what_no_loss_reaches(why)
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
         else:
@@ -209,32 +213,38 @@ class OPRDTrainer(DistillationTrainer):
             kwargs["device_map"] = None  # a split teacher cannot be one process's share
         return create_model_from_path(path, **kwargs)
 
-    def _settle_head(self, teacher: nn.Module) -> str:
-        """Adopt, keep or freeze the LM head, switch off gradients nothing reaches, and say what was done."""
-        student, wanted = self.model, self.args.lm_head
-        if wanted == "freeze" and models.is_tied(student):
+    def _adopt_or_keep_head(self, teacher: nn.Module) -> tuple[str, str]:
+        """Settle ``lm_head`` (teacher, keep or freeze) and say what is known about the two heads."""
+        student, settled = self.model, self.args.lm_head
+        if settled == "freeze" and models.is_tied(student):
             raise ValueError("lm_head: freeze would freeze the input embeddings too: this student ties them. Use keep.")
-        reason = models.why_head_cannot_move(student, teacher, self.vocab_size)
-        settled = wanted if wanted != "auto" else "keep" if reason else "teacher"
         drift = models.head_drift(student, teacher, self.vocab_size)
-        apart = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
+        why = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
+        if settled == "auto":
+            reason = models.why_head_cannot_move(student, teacher, self.vocab_size)
+            settled = "keep" if reason else "teacher"
+            why += f"; not adopted: {reason}" if reason else ""
         if settled == "teacher":
             models.adopt_head(student, teacher, self.vocab_size)
-        trained = self.objective.uses_head and settled != "freeze"
-        frozen = models.freeze_unreachable(student, top_layer=self.objective.top_layer, head=self.objective.uses_head)
-        if settled == "freeze":
+        return settled, why
+
+    def _freeze_what_no_loss_reaches(self, why: str) -> None:
+        student, objective = self.model, self.objective
+        frozen = models.freeze_unreachable(student, top_layer=objective.top_layer, head=objective.uses_head)
+        if self.lm_head == "freeze":
             models.causal_lm(student).get_output_embeddings().requires_grad_(False)
-        how = {"teacher": "the teacher's, adopted", "keep": "the student's own", "freeze": "the student's own, frozen"}
+        trained = any(p.requires_grad for p in models.causal_lm(student).get_output_embeddings().parameters())
+        own = "the student's own"
+        how = {"teacher": "the teacher's, adopted", "keep": own, "freeze": f"{own}, frozen"}[self.lm_head]
         logger.info(
-            f"LM head: {how[settled]} ({apart}{f'; not adopted: {reason}' if wanted == 'auto' and reason else ''}); "
-            f"{'trained' if trained else 'not trained'}. {frozen:,} parameters that no loss reaches are frozen."
+            f"LM head: {how} ({why}); {'trained' if trained else 'not trained'}; logit_weight {objective.logit_weight:g}. "
+            f"{frozen:,} parameters that no loss reaches are frozen."
         )
-        if settled == "keep" and not self.objective.uses_head and drift is not None and drift > 0.01:
+        if self.lm_head != "teacher" and not trained:
             logger.warning(
-                f"The student keeps its LM head, the teacher's differs by {drift:.1%}, and no loss trains it: matching "
-                "states may not move accuracy. Set logit_weight: 1, or lm_head: teacher."
+                "The student keeps its own LM head and nothing trains it: where the teacher's differs, matching states may "
+                "not move accuracy. Set logit_weight: 1 or lm_head: teacher."
             )
-        return settled
 
     def _suppress_padded_vocabulary(self) -> None:
         """Embedding rows beyond the tokenizer stand for no token: never sample them."""
