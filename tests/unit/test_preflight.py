@@ -11,7 +11,7 @@ from oprd.miniature.task import build_tokenizer
 from oprd.models import end_token_ids
 from oprd.training.preflight import (
     Shapes,
-    check_dataset,
+    check_datasets,
     check_end_tokens,
     check_models,
     check_tokenizers,
@@ -59,7 +59,7 @@ def warnings_of(caplog):
 def test_equal_shapes():
     size = len(word_tokenizer())
     checked = check_models(shape(), shape(), word_tokenizer(), layers="even", compares_states=True)
-    assert checked == Shapes(layers=[2, 4], num_layers=4, vocab_size=size)
+    assert checked == Shapes(layers=[2, 4], num_layers=4, vocab_size=size, context=32768)
     assert size == len(WORDS)
 
 
@@ -68,7 +68,7 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(own, other):
     checked = check_models(
         shape(vocabulary=own), shape(vocabulary=other), word_tokenizer(), layers=[-1], compares_states=True
     )
-    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS))
+    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS), context=32768)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_other_shapes_need_a_bridge_only_where_states_are_compared(teacher, told
     with pytest.raises(ValueError, match=rf"{told}\. .*OPRD-Bridge.*representation_weight: 0.*output_loss: full"):
         check_models(shape(), teacher, word_tokenizer(), layers="all", compares_states=True)
     checked = check_models(shape(), teacher, word_tokenizer(), layers="all", compares_states=False)
-    assert checked == Shapes(layers=[1, 2, 3, 4], num_layers=4, vocab_size=len(WORDS))
+    assert checked == Shapes(layers=[1, 2, 3, 4], num_layers=4, vocab_size=len(WORDS), context=32768)
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -110,7 +110,7 @@ def test_a_config_with_a_text_part():
         text_config={"num_hidden_layers": 4, "hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4}
     )
     checked = check_models(nested, shape(), word_tokenizer(), layers="last", compares_states=True)
-    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS))
+    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS), context=32768)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
@@ -191,8 +191,8 @@ def dataset_of(*prompts):
 
 
 def test_datasets_that_will_do():
-    check_dataset(dataset_of("a"), responses_per_prompt=4)
-    check_dataset(dataset_of("a").to_iterable_dataset(), responses_per_prompt=1)
+    check_datasets(dataset_of("a"), responses_per_prompt=4)
+    check_datasets(dataset_of("a").to_iterable_dataset(), responses_per_prompt=1)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_datasets_that_will_do():
 )
 def test_datasets_that_will_not(dataset, responses, message):
     with pytest.raises(ValueError, match=message):
-        check_dataset(dataset, responses_per_prompt=responses)
+        check_datasets(dataset, responses_per_prompt=responses)
 
 
 def test_lengths_of_text():
@@ -280,3 +280,19 @@ def test_the_row_at_fault_is_counted_in_the_file_not_in_what_is_left():
         fit_prompts(dataset, [50, 3, 50, 8], context=10, max_prompt_length=20, max_completion_length=4)
     with pytest.raises(ValueError, match=r"Lower max_completion_length\.$"):
         fit_prompts(dataset, [5, 3, 5, 8], context=10, max_prompt_length=None, max_completion_length=10)
+
+
+def test_the_shorter_context_counts():
+    short, long = shape(), shape()
+    short.max_position_embeddings = 100
+    for pair in ((short, long), (long, short)):
+        assert check_models(*pair, word_tokenizer(), layers="all", compares_states=True).context == 100
+
+
+def test_evaluation_sets_are_checked_too():
+    good, bad = Dataset.from_dict({"prompt": ["a"]}), Dataset.from_dict({"text": ["a"]})
+    check_datasets(good, {"one": good})
+    with pytest.raises(ValueError, match=r"eval_dataset\['two'\] has no 'prompt' column"):
+        check_datasets(good, {"one": good, "two": bad})
+    with pytest.raises(ValueError, match="eval_dataset has no 'prompt'"):
+        check_datasets(good, bad)

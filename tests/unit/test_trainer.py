@@ -129,3 +129,12 @@ def test_graded_rollouts_are_logged(tmp_path):
     trainer = canned_trainer(tmp_path, answers=["5"] * 16)
     trainer.train()
     assert logged(trainer, "accuracy") == [0.0, 0.0]
+
+
+def test_a_missing_answer_is_left_out_of_accuracy(tmp_path):
+    trainer = canned_trainer(tmp_path, max_steps=1, answers=["5"] * 15 + [None], shuffle_dataset=False)
+    trainer.train()
+    assert logged(trainer, "accuracy") == [0.0]
+    inputs = [{"prompt": "ab", "answer": None}, {"prompt": "xyz", "answer": "5"}]
+    trainer._generate_and_score_completions(inputs)
+    assert trainer._metrics["train"]["accuracy"] == [0.0]

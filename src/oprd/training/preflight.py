@@ -21,11 +21,13 @@ NEEDS_BRIDGE = (
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the two configs settle: the student's layers that are compared, its depth, and the shared vocabulary."""
+    """What the two configs settle: the student's layers that are compared, its depth, the shared vocabulary and the
+    shorter of the two contexts."""
 
     layers: list[int]
     num_layers: int
     vocab_size: int
+    context: int | None
 
 
 def check_models(
@@ -59,7 +61,9 @@ def check_models(
             f"The student has {depths[0]} layers of width {widths[0]}, the teacher {depths[1]} of width {widths[1]}. "
             + NEEDS_BRIDGE
         )
-    return Shapes(select_layers(layers, depths[0]), depths[0], vocab_size)
+    contexts = [getattr(config, "max_position_embeddings", None) for config in (student, teacher)]
+    context = min((size for size in contexts if size is not None), default=None)
+    return Shapes(select_layers(layers, depths[0]), depths[0], vocab_size, context)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompt: Any) -> None:
@@ -104,27 +108,35 @@ def check_end_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teac
         )
 
 
-def check_dataset(dataset: Dataset | IterableDataset | None, *, responses_per_prompt: int) -> None:
-    """A dataset with prompts in it.
+def check_datasets(
+    train: Dataset | IterableDataset | None,
+    evaluation: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+    *,
+    responses_per_prompt: int = 1,
+) -> None:
+    """Datasets with prompts in them.
 
     Raises:
         ValueError: none given, empty, without a ``prompt`` column, or streaming with several responses per prompt.
     """
-    if dataset is None:
+    if train is None:
         raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"train_dataset has no 'prompt' column; it has {', '.join(columns) or 'none'}. Rename yours, or load the file "
-            "with oprd.training.prompts.load_prompts, which knows the common layouts."
-        )
-    if isinstance(dataset, IterableDataset):
-        if responses_per_prompt > 1:
+    named = {"train_dataset": train}
+    if isinstance(evaluation, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
+    elif evaluation is not None:
+        named["eval_dataset"] = evaluation
+    for name, dataset in named.items():
+        columns = dataset.column_names
+        if columns is not None and "prompt" not in columns:
             raise ValueError(
-                "A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole."
+                f"{name} has no 'prompt' column; it has {', '.join(columns) or 'none'}. Rename yours, or load the file "
+                "with oprd.training.prompts.load_prompts, which knows the common layouts."
             )
-    elif len(dataset) == 0:
-        raise ValueError("train_dataset is empty.")
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+            raise ValueError(f"{name} is empty.")
+    if isinstance(train, IterableDataset) and responses_per_prompt > 1:
+        raise ValueError("A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole.")
 
 
 def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template: Any) -> list[int]:

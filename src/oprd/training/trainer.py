@@ -13,7 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
 from oprd import models
@@ -25,6 +25,7 @@ from oprd.training import preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.meters import Meters, Stopwatch
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
+from oprd.training.source import Source
 
 logger = get_logger(__name__)
 
@@ -90,12 +91,18 @@ class OPRDTrainer(DistillationTrainer):
         if teacher_model is None:
             raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path.")
         model, teacher_model = (models.resolve_path(m) if isinstance(m, str) else m for m in (model, teacher_model))
-        preflight.check_dataset(train_dataset, responses_per_prompt=args.responses_per_prompt)
-        tokenizer = processing_class or self._load_tokenizer(model, args, side="student")
+        student_source = Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code)
+        teacher_source = Source(teacher_model, args.teacher_model_revision, args.trust_remote_code)
+        preflight.check_datasets(train_dataset, eval_dataset, responses_per_prompt=args.responses_per_prompt)
+        tokenizer = processing_class or student_source.tokenizer("student", "processing_class")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}: text models only.")
-        shapes = self._check_pair(model, teacher_model, args, tokenizer, teacher_processing_class, train_dataset)
-        train_dataset = self._fit_prompts(train_dataset, tokenizer, args, self._context(model, teacher_model, args))
+        if teacher_processing_class is None and teacher_source.is_path:
+            teacher_processing_class = teacher_source.tokenizer("teacher", "teacher_processing_class")
+        shapes = self._check_pair(
+            args, student_source, teacher_source, tokenizer, teacher_processing_class, train_dataset
+        )
+        train_dataset = self._fit_prompts(train_dataset, tokenizer, args, shapes.context)
 
         # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
         super().__init__(
@@ -134,60 +141,23 @@ class OPRDTrainer(DistillationTrainer):
     # ---------------------------------------------------------------------------------------- before the first step
 
     @staticmethod
-    def _load_tokenizer(model: Any, args: OPRDConfig, side: str) -> PreTrainedTokenizerBase:
-        path = model if isinstance(model, str) else models.causal_lm(model).config._name_or_path
-        if not path:
-            raise ValueError(f"The {side} is a model without a path: pass its tokenizer as processing_class.")
-        revision = (args.model_init_kwargs or {}).get("revision") if side == "student" else args.teacher_model_revision
-        return AutoTokenizer.from_pretrained(
-            path,
-            revision=revision,
-            padding_side="left",
-            truncation_side="left",
-            trust_remote_code=args.trust_remote_code,
-        )
-
-    @staticmethod
-    def _config_of(model: Any, args: OPRDConfig, revision: str | None) -> Any:
-        if not isinstance(model, str):
-            return models.causal_lm(model).config
-        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-
-    def _check_pair(self, model, teacher_model, args, tokenizer, teacher_tokenizer, train_dataset) -> preflight.Shapes:
+    def _check_pair(args, student, teacher, tokenizer, teacher_tokenizer, train_dataset) -> preflight.Shapes:
         """Whatever configs, tokenizers and generation configs can tell."""
-        revisions = ((args.model_init_kwargs or {}).get("revision"), args.teacher_model_revision)
-        configs = [self._config_of(m, args, r) for m, r in zip((model, teacher_model), revisions, strict=True)]
         shapes = preflight.check_models(
-            *configs, tokenizer, layers=args.layers, compares_states=args.representation_weight > 0
+            student.config,
+            teacher.config,
+            tokenizer,
+            layers=args.layers,
+            compares_states=args.representation_weight > 0,
         )
-        if teacher_tokenizer is None and isinstance(teacher_model, str):
-            teacher_tokenizer = self._load_tokenizer(teacher_model, args, side="teacher")
         if teacher_tokenizer is not None:
             preflight.check_tokenizers(tokenizer, teacher_tokenizer, next(iter(train_dataset))["prompt"])
-        ends = [
-            models.end_token_ids(t, self._generation_config_of(m, config))
-            for m, t, config in zip(
-                (model, teacher_model), (tokenizer, teacher_tokenizer or tokenizer), configs, strict=True
-            )
-        ]
-        preflight.check_end_tokens(tokenizer, *ends)
+        preflight.check_end_tokens(
+            tokenizer,
+            models.end_token_ids(tokenizer, student.generation_config),
+            models.end_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
+        )
         return shapes
-
-    @staticmethod
-    def _generation_config_of(model: Any, config: Any) -> GenerationConfig | None:
-        if not isinstance(model, str):
-            return models.causal_lm(model).generation_config
-        try:
-            return GenerationConfig.from_pretrained(model)
-        except OSError:  # none saved: what the model's config declares holds
-            return GenerationConfig.from_model_config(config)
-
-    def _context(self, model, teacher_model, args) -> int | None:
-        sizes = [
-            getattr(self._config_of(m, args, None).get_text_config(), "max_position_embeddings", None)
-            for m in (model, teacher_model)
-        ]
-        return min((size for size in sizes if size is not None), default=None)
 
     @staticmethod
     def _fit_prompts(dataset, tokenizer, args, context):
@@ -288,11 +258,12 @@ class OPRDTrainer(DistillationTrainer):
                 mask, self.args.reduction, num_sequences=rows, num_positions=positions
             )
         self._metrics[mode]["response_tokens"].append(counts[3].item())
-        if all(row.get("answer") is not None for row in inputs):
+        if "answer" in inputs[0]:  # a column is there on every process or on none; a single answer may be missing
             texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
-            right = [float(grade(text, row["answer"])) for text, row in zip(texts, inputs, strict=True)]
+            answers = [row["answer"] for row in inputs]
+            right = [float("nan") if a is None else float(grade(t, a)) for t, a in zip(texts, answers, strict=True)]
             right = self.accelerator.gather(torch.tensor(right, device=self.accelerator.device))
-            self._metrics[mode]["accuracy"].append(right.mean().item())
+            self._metrics[mode]["accuracy"].append(right.nanmean().item())
         return batch
 
     # ---------------------------------------------------------------------------------------------------------- loss
