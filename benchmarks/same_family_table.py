@@ -84,13 +84,12 @@ def directory_of(key: Key) -> Path:
     return OUT / "runs" / f"{key[0]}-{key[1]:g}-{key[2]}".replace(" ", "_").replace("'", "")
 
 
-def score(key: Key, problems: list[dict]) -> dict:
+def score(path: Path | str, problems: list[dict]) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from oprd.evaluation.evaluate import evaluate
     from oprd.miniature.task import MAX_RESPONSE_TOKENS
 
-    path = directory_of(key) / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     return evaluate(model, tokenizer, problems, max_new_tokens=MAX_RESPONSE_TOKENS).summary()
 
@@ -118,7 +117,7 @@ def train(key: Key, overrides: dict) -> float:
                 *(str(part) for name, value in arguments.items() for part in (f"--{name}", value)),
             ]
         )
-        keep(key, seconds=time.perf_counter() - started, validation=score(key, validation()))
+        keep(key, seconds=time.perf_counter() - started, validation=score(directory_of(key) / "final", validation()))
     return results()[key]["validation"]["avg_at_k"]
 
 
@@ -127,7 +126,17 @@ def test(key: Key) -> None:
     if "test" not in results()[key]:
         from oprd.miniature.task import held_out
 
-        keep(key, test=score(key, held_out()))
+        keep(key, test=score(directory_of(key) / "final", held_out()))
+
+
+def untrained() -> None:
+    """Teacher and student as they ship."""
+    from oprd.miniature.task import held_out
+    from oprd.models import resolve_path
+
+    for name in ("teacher", "student"):
+        if "test" not in results().get((name, 0.0, 0), {}):
+            keep((name, 0.0, 0), test=score(resolve_path(f"miniature:{name}"), held_out()))
 
 
 def one_row(row: str) -> None:
@@ -157,6 +166,13 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     done = results().values()
+    for name in ("teacher", "student"):
+        for r in (r for r in done if r["row"] == name):
+            half = (r["test"]["avg_high"] - r["test"]["avg_low"]) / 2
+            lines.append(
+                f"| {name} | | {r['test']['avg_at_k']:.1f} ± {half:.1f} | | {r['test']['best_at_k']:.1f} | "
+                f"{r['test']['mean_length']:.1f} | |"
+            )
     for row in [*ROWS, *CONTROLS]:
         own = [r for r in done if r["row"] == row and "validation" in r]
         swept = {r["lr"]: r["validation"]["avg_at_k"] for r in own if r["seed"] == 0}
@@ -177,12 +193,32 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def draw(directory: Path) -> None:
+    """Curves of a few rows, seed 0, each at its chosen rate."""
+    from oprd.insight.plots import plot_runs
+    from oprd.training.callbacks import read_metrics
+
+    curves = {}
+    for row in ("OPRD, teacher's head", "OPRD, own head", "OPD full KL", "OPD top-16", "OPD sampled token"):
+        swept = {r["lr"]: r["validation"]["avg_at_k"] for r in results().values() if r["row"] == row and r["seed"] == 0}
+        if swept:
+            curves[row] = read_metrics(directory_of((row, max(swept, key=swept.get), 0)) / "metrics.jsonl")
+    references = {
+        r["row"]: r["test"]["avg_at_k"] / 100 for r in results().values() if r["row"] in ("teacher", "student")
+    }
+    plot_runs(curves, directory, references=references)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="rows to run (default: all)")
     parser.add_argument("--print", action="store_true", help="print the table and stop")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="draw the curves into DIR and stop")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     options = parser.parse_args()
+    if options.draw:
+        draw(options.draw)
+        return
     if not options.print:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         OUT.mkdir(parents=True, exist_ok=True)
@@ -193,6 +229,7 @@ def main() -> None:
             tokenizer = build_tokenizer()
             build_model(tokenizer, seed=123).save_pretrained(OUT / "random-teacher")
             tokenizer.save_pretrained(OUT / "random-teacher")
+        untrained()
         rows = options.only or [*list(ROWS)[:8], *CONTROLS, *list(ROWS)[8:]]  # what matters most first
         with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
             for _ in pool.imap_unordered(one_row, rows):

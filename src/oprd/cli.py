@@ -77,8 +77,9 @@ def _report(rows: list[dict], as_json: bool) -> None:
 
 
 def _show_events() -> None:
-    """One line per event of this project on stderr; other libraries' chatter from warnings up."""
+    """One line per event of this project on stderr, once for all processes of a launch."""
     import logging
+    import os
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
@@ -87,7 +88,7 @@ def _show_events() -> None:
     handler.setFormatter(logging.Formatter("oprd: %(message)s"))
     events = logging.getLogger("oprd")
     events.handlers, events.propagate = [handler], False
-    events.setLevel(logging.INFO)
+    events.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,8 @@ def main(out, size, cases):
     torch.set_num_threads(1)
     results = {}
     for name, settings in cases.items():
+        # Looking for unused parameters would hide a missing gradient.
+        settings = {"ddp_find_unused_parameters": False, **settings}
         trainer = canned_trainer(out, per_device_train_batch_size=size, max_steps=3, **settings)
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model)

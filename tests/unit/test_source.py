@@ -24,7 +24,9 @@ def test_without_a_generation_config_the_models_config_counts(tmp_path):
 
 
 def test_an_instance_from_nowhere_needs_its_tokenizer():
-    with pytest.raises(ValueError, match="The student is a model without a path: pass its tokenizer as processing_class"):
+    with pytest.raises(
+        ValueError, match="The student is a model without a path: pass its tokenizer as processing_class"
+    ):
         Source(tiny_model()).tokenizer("student", "processing_class")
 
 

@@ -13,7 +13,7 @@ from oprd.miniature.task import MAX_RESPONSE_TOKENS, held_out
 METHODS: dict[str, dict[str, object]] = {
     "OPRD": {"learning_rate": 2e-3},
     "OPD top-16": {
-        "learning_rate": 1e-3,
+        "learning_rate": 5e-4,
         "representation_weight": 0,
         "logit_weight": 0,
         "output_loss": "top_k",
