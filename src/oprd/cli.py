@@ -51,8 +51,8 @@ def _train(arguments: list[str]) -> int:
     directory, is_main = run(arguments)
     if is_main:
         metrics = read_metrics(directory / "metrics.jsonl")
-        plots = plot_runs({directory.name: metrics}, directory / "plots")
-        summary = run_summary(metrics) | {"final": str(directory / "final"), "plots": [str(path) for path in plots]}
+        plot_runs({directory.name: metrics}, directory / "plots")
+        summary = run_summary(metrics) | {"final": str(directory / "final"), "plots": str(directory / "plots")}
         _report([summary], as_json)
     return 0
 
@@ -84,7 +84,12 @@ def _show_events() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
 
+    def plain(record: logging.LogRecord) -> bool:  # accelerate marks its lines; only the first process speaks here
+        record.msg = str(record.msg).removeprefix("[RANK 0] ")
+        return True
+
     handler = logging.StreamHandler()
+    handler.addFilter(plain)
     handler.setFormatter(logging.Formatter("oprd: %(message)s"))
     events = logging.getLogger("oprd")
     events.handlers, events.propagate = [handler], False

@@ -153,7 +153,10 @@ def test_from_recipe_to_a_model_that_generates(recipe, tmp_path, checkpoints, ca
         assert row["tokens_per_second"] > 0
         assert "entropy/student" not in row  # no output loss paid for the head
     assert summary["steps"] == 3
-    assert {Path(p).name for p in summary["plots"]} >= {"accuracy.png", "cosine.png", "length.png", "loss.png"}
+    drawn = {path.name for path in Path(summary["plots"]).iterdir()}
+    assert drawn == {"accuracy.png", "cosine.png", "length.png", "loss.png"}
+    assert main(["train", "--config", str(recipe)]) == 1  # a finished run is never written over
+    assert "holds a finished run" in capsys.readouterr().err
     assert not (run / "final" / "training_args.bin").exists()
     assert "2606.06021" in (run / "final" / "README.md").read_text()
 

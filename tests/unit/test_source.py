@@ -1,8 +1,8 @@
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 
 from oprd.models import resolve_path
 from oprd.training.source import Source
+from tiny import tiny_model, tiny_tokenizer
 
 
 def test_a_path_and_an_instance_know_the_same(tmp_path):

@@ -171,6 +171,8 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
     settings = _resolved((data, args, model))  # before the trainer fills in anything
     directory = Path(args.output_dir)
     last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
+    if (directory / "final").exists() and not data.resume:
+        raise ValueError(f"{directory} holds a finished run. Choose another output_dir, or remove it.")
     if last is not None and not data.resume:
         raise ValueError(
             f"{directory} already holds {Path(last).name}. Continue it with --resume, or choose another output_dir."
@@ -182,4 +184,8 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
         (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
     trainer.train(resume_from_checkpoint=last if data.resume else None)
     save_final(trainer, directory / "final")
-    return directory, trainer.accelerator.is_main_process
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    is_main = trainer.accelerator.is_main_process
+    trainer.end()
+    return directory, is_main

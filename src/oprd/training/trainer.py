@@ -87,6 +87,11 @@ class OPRDTrainer(DistillationTrainer):
         if bridge is not None:
             raise ValueError("bridge: " + preflight.NEEDS_BRIDGE)
         args = args or OPRDConfig("oprd")
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 partitions the LM head before it can be compared or adopted, which this version does not "
+                "handle. Use ZeRO-2, or FSDP2 (accelerate config, fsdp_version: 2)."
+            )
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
             raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path.")
