@@ -9,4 +9,7 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 # DeepSpeed inference engine for a frozen model; until accelerate's prepare_model(evaluation_mode=True) covers ZeRO-3.
 from trl.models import prepare_deepspeed  # isort: skip
 
-__all__ = ["RepeatSampler", "create_model_from_path", "prepare_deepspeed"]
+# Whether a vLLM that TRL supports is installed; until TRL exports the question.
+from trl.import_utils import is_vllm_available  # isort: skip
+
+__all__ = ["RepeatSampler", "create_model_from_path", "is_vllm_available", "prepare_deepspeed"]

@@ -64,6 +64,8 @@ def _demo(options: argparse.Namespace) -> int:
     if options.rebuild:
         demo.rebuild_assets()
         return 0
+    if options.steps is not None and options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}.")
     rows = demo.run_demo(options.out, steps=options.steps, seed=options.seed)
     _report(rows, options.json)
     print(f"Plots: {options.out}/plots", file=sys.stderr)
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"oprd: error: {error}", file=sys.stderr)
+        print(f"oprd: error: {error} [oprd --traceback {options.command} ... shows where]", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("oprd: interrupted", file=sys.stderr)

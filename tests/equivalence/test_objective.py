@@ -148,7 +148,7 @@ def test_logged_cosine_entropy_and_overlap_are_means_over_positions():
         for at in range(len(prompt) - 1, len(ids) - 1):
             cosines.append(torch.cosine_similarity(h_s[1:, at], h_t[1:, at], dim=-1).mean())
             logits = [m.lm_head(h[-1, at]) for m, h in ((student, h_s), (teacher, h_t))]
-            p = logits[0].softmax(-1)
+            p = (logits[0] / objective.temperature).softmax(-1)  # the distribution that responses are sampled from
             entropies.append(-(p * p.log()).sum())
             tops = [set(x.argsort(descending=True)[:16].tolist()) for x in logits]
             overlaps.append(torch.tensor(len(tops[0] & tops[1]) / 16))

@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import DistillationTrainer
 
-from tiny import PROMPTS, canned_completion, canned_trainer, logged, tiny_batch, tiny_model, tiny_tokenizer
+from tiny import (
+    PROMPTS,
+    canned_completion,
+    canned_trainer,
+    logged,
+    reference_states,
+    tiny_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 OBJECTIVES = {
     "default": {},
@@ -96,6 +106,60 @@ def test_the_minimal_loop_is_the_trainer(tmp_path, logit_weight):
             assert parameter.equal(own)
             continue
         torch.testing.assert_close(parameter, own - 1e-2 * own.grad, atol=2e-6, rtol=1e-4)
+
+
+BY_HAND = {
+    "defaults": {},
+    "last_k": {"positions": "last_k", "position_k": 2},
+    "first_k, token": {"positions": "first_k", "position_k": 2, "reduction": "token"},
+    "token": {"reduction": "token"},
+    "states at the token": {"state_at": "token", "layers": [2]},
+    "holes (a tool's answer)": {"positions": "last_k", "position_k": 2, "hole": True},
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_the_logged_loss_by_hand(tmp_path, monkeypatch, case):
+    """Eq. 6 over the canned rollouts, one unpadded row, layer and position at a time."""
+    settings = dict(BY_HAND[case])
+    hole = settings.pop("hole", False)
+    if hole:
+        generate = DistillationTrainer._generate_and_score_completions
+
+        def with_a_hole(self, inputs):
+            batch = generate(self, inputs)
+            mask = torch.ones_like(batch["completion_mask"])
+            mask[:, 1] = 0  # the second token of every response came from a tool
+            return batch | {"tool_mask": mask}
+
+        monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_a_hole)
+    student, teacher = tiny_model(seed=0), tiny_model(seed=1)
+    layers = settings.get("layers", [1, 2, 3])
+    rows = []
+    for prompt in tiny_tokenizer()(PROMPTS[:8])["input_ids"]:
+        response = canned_completion(prompt)
+        ids = torch.tensor(prompt + response)
+        with torch.no_grad():
+            gap = (reference_states(student, ids) - reference_states(teacher, ids)).pow(2).mean(-1)[layers].mean(0)
+        where = [t for t in range(len(response)) if not (hole and t == 1)]
+        k = settings.get("position_k")
+        where = {"last_k": where[-k:], "first_k": where[:k]}.get(settings.get("positions"), where) if k else where
+        shift = 0 if settings.get("state_at") == "token" else 1
+        rows.append([gap[len(prompt) + t - shift].item() for t in where])
+    if settings.get("reduction") == "token":
+        expected = sum(map(sum, rows)) / sum(map(len, rows))
+    else:
+        expected = sum(sum(row) / len(row) for row in rows) / len(rows)
+    trainer = canned_trainer(
+        tmp_path, max_steps=1, logit_weight=0, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
+    )
+    trainer.train()
+    assert logged(trainer) == pytest.approx([expected], rel=1e-5)
+    generated = sum(
+        len(canned_completion(p)) - hole * (len(canned_completion(p)) > 1)
+        for p in tiny_tokenizer()(PROMPTS[:8])["input_ids"]
+    )
+    assert logged(trainer, "response_tokens") == [generated]
 
 
 def test_several_responses_per_prompt_share_a_step(tmp_path):

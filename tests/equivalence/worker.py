@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tiny import canned_trainer, logged
+from datasets import Dataset
+from tiny import PROMPTS, canned_trainer, logged
 
-KEYS = ("loss", "cosine", "loss/representation", "loss/output", "completions/mean_length", "accuracy")
+KEYS = ("eval_loss", "eval_cosine", "eval_completions/mean_length", "loss", "cosine", "loss/representation", "loss/output", "completions/mean_length", "accuracy")
 
 
 def main(out, size, cases):
@@ -16,9 +17,10 @@ def main(out, size, cases):
     results = {}
     for name, settings in cases.items():
         # Looking for unused parameters would hide a missing gradient.
-        settings = {"ddp_find_unused_parameters": False, **settings}
+        settings = {"ddp_find_unused_parameters": False, "per_device_eval_batch_size": size, **settings}
         trainer = canned_trainer(out, per_device_train_batch_size=size, max_steps=3, **settings)
         trainer.train()
+        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:8]}))
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {key: p.detach().flatten().tolist() for key, p in model.named_parameters()}
         processes = trainer.accelerator.num_processes

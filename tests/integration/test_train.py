@@ -228,6 +228,7 @@ def test_bf16_keeps_losses_in_float32(recipe, tmp_path):
     low, high = (read_metrics(p / "metrics.jsonl")[0] for p in (tmp_path / "run", exact))
     assert low["loss/representation"] == pytest.approx(high["loss/representation"], rel=0.05)
     assert low["loss/representation"] != high["loss/representation"]  # bf16 was really used
+    assert low["loss/logit"] == pytest.approx(high["loss/logit"], rel=0.05)
 
 
 @pytest.mark.parametrize(

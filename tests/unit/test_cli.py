@@ -122,7 +122,7 @@ def one_line(outcome):
 def test_an_unknown_recipe(run, name):
     message = one_line(run("train", "--config", name))
     assert f"no recipe {name}" in message
-    shipped = message.partition("ships with oprd: ")[2].rstrip(".\n").split(", ")
+    shipped = message.partition("ships with oprd: ")[2].partition(". [")[0].split(", ")
     assert shipped == sorted(path.stem for path in (Path(oprd.__file__).parent / "recipes").glob("*.yaml"))
     assert "miniature" in shipped
 
@@ -130,7 +130,7 @@ def test_an_unknown_recipe(run, name):
 def test_an_unknown_key(run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"output_dir: {tmp_path}/run\nuse_cpu: true\nlearning_rat: 1.0e-5\n")
-    assert "learning_rat" in one_line(run("train", "--config", str(recipe)))
+    assert "unknown key 'learning_rat'; did you mean learning_rate?" in one_line(run("train", "--config", str(recipe)))
     assert "--no_such_key" in one_line(run("train", "--config", "miniature", "--no_such_key", "3"))
 
 
@@ -149,10 +149,7 @@ def test_traceback_on_request(run):
 
 
 def test_config_without_a_recipe_and_a_recipe_that_is_no_yaml(run, tmp_path):
-    assert run("train", "--config")[0::2] == (
-        1,
-        "oprd: error: --config needs a recipe: a YAML file, or the name of one that ships with oprd.\n",
-    )
+    assert "--config needs a recipe: a YAML file, or the name of one" in one_line(run("train", "--config"))
     path = tmp_path / "r.yaml"
     path.write_text("a: [1,\n")
     for arguments in (["--config", str(path)], [f"--config={path}"]):

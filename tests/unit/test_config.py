@@ -62,8 +62,9 @@ def test_every_option_is_explained_and_every_choice_an_option():
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(make, name):
+    needed = {"output_loss": "top_k"} if name.startswith("top_k") else {}
     for allowed in CHOICES[name]:
-        assert getattr(make(**{name: allowed}), name) == allowed
+        assert getattr(make(**{name: allowed, **needed}), name) == allowed
     with pytest.raises(ValueError, match=f"{name} must be one of {', '.join(CHOICES[name])}, got 'other'"):
         make(**{name: "other"})
 
@@ -183,3 +184,32 @@ def test_weights_that_are_no_numbers(tmp_path, name, value):
 def test_max_prompt_length_of_zero(tmp_path):
     with pytest.raises(ValueError, match="max_prompt_length must be at least 1"):
         OPRDConfig(output_dir=str(tmp_path), use_cpu=True, max_prompt_length=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"output_weight": 5.0}, "output_weight would be ignored .output_loss: none"),
+        ({"output_loss": "full", "output_weight": 0.0}, "output_weight is 0"),
+        ({"output_loss": "full", "output_top_k": 4}, "output_top_k would be ignored"),
+        ({"output_loss": "sampled", "top_k_renormalize": False}, "top_k_renormalize would be ignored"),
+        ({"position_k": 5}, "position_k would be ignored .positions: all takes no k"),
+    ],
+)
+def test_settings_that_would_be_ignored(tmp_path, settings, named):
+    with pytest.raises(ValueError, match=named):
+        OPRDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_choices_agree_with_the_functions_that_take_them():
+    from oprd.objectives import REPRESENTATION_KINDS
+    from oprd.objectives.output_space import TOP_K_SUPPORTS
+    from oprd.objectives.reduction import REDUCTIONS
+    from oprd.objectives.selection import POSITION_SPECS
+    from oprd.states.views import STATE_AT
+
+    assert CHOICES["representation_loss"] == tuple(REPRESENTATION_KINDS)
+    assert CHOICES["top_k_support"] == TOP_K_SUPPORTS
+    assert CHOICES["reduction"] == REDUCTIONS
+    assert CHOICES["positions"] == POSITION_SPECS
+    assert CHOICES["state_at"] == STATE_AT

@@ -69,3 +69,15 @@ def test_heads_of_different_vocabularies_are_refused(mask_BT):
     states = torch.randn(BATCH, TIME, 6)
     with pytest.raises(ValueError, match="tokenizer's length"):
         logit_mse_loss(states, states, mask_BT, torch.randn(VOCAB, 6), torch.randn(VOCAB + 1, 6))
+
+
+def test_near_agreement_nothing_cancels():
+    """Two dimensions of massive activation, as real models have: float32 stays within a thousandth of float64."""
+    head = torch.randn(VOCAB, 32, dtype=torch.float64)
+    states = torch.randn(1, 6, 32, dtype=torch.float64)
+    states[..., :2] += 300
+    other, moved = head + 1e-3 * torch.randn_like(head), states + 1e-2 * torch.randn_like(states)
+    one = torch.ones(1, 6, dtype=torch.bool)
+    exact = logit_mse_loss(moved, states, one, head, other)
+    single = logit_mse_loss(*(x.float() for x in (moved, states)), one, *(x.float() for x in (head, other)))
+    assert single.item() == pytest.approx(exact.item(), rel=1e-3)

@@ -14,6 +14,7 @@ from oprd.training.preflight import (
     check_datasets,
     check_end_tokens,
     check_models,
+    check_step_size,
     check_tokenizers,
     fit_prompts,
     prompt_lengths,
@@ -88,7 +89,9 @@ def test_other_shapes_need_a_bridge_only_where_states_are_compared(teacher, told
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_fewer_embeddings_than_tokens(role):
     pair = {"student": shape(), "teacher": shape(), role: shape(vocabulary=10)}
-    with pytest.raises(ValueError, match=rf"The {role} has 10 embeddings for a tokenizer of 11 tokens.*resize_token"):
+    with pytest.raises(
+        ValueError, match=rf"The {role} has 10 embeddings for a tokenizer whose ids go up to 10.*resize_token"
+    ):
         check_models(*pair.values(), word_tokenizer(), layers="all", compares_states=True)
 
 
@@ -96,7 +99,7 @@ def test_added_tokens_count():
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["d", "e"])
     assert check_models(shape(), shape(), tokenizer, layers="all", compares_states=True).vocab_size == 13
-    with pytest.raises(ValueError, match="12 embeddings for a tokenizer of 13"):
+    with pytest.raises(ValueError, match="12 embeddings for a tokenizer whose ids go up to 12"):
         check_models(shape(vocabulary=12), shape(), tokenizer, layers="all", compares_states=True)
 
 
@@ -174,8 +177,28 @@ def test_end_tokens_that_meet(own, other):
 
 
 def test_end_tokens_that_do_not_meet_are_named():
-    with pytest.raises(ValueError, match=r"ends a response with <eos>, the teacher with <eot>, a\. .*never stop"):
+    with pytest.raises(ValueError, match=r"responses end with <eos>, the teacher's with <eot>, a\. .*never stop"):
         check_end_tokens(word_tokenizer(), {1}, {7, 2})
+
+
+def test_the_token_that_the_teacher_writes_must_end_the_student_too():
+    """A base student and its instruct teacher share the end of text, but the teacher ends its turns otherwise."""
+    check_end_tokens(word_tokenizer(), {1, 2}, {1, 2}, teacher_main=2)
+    with pytest.raises(ValueError, match=r"end with <eos>, the teacher's with <eot>\. .*generation_config"):
+        check_end_tokens(word_tokenizer(), {1}, {1, 2}, teacher_main=2)
+
+
+def test_a_tokenizer_whose_ids_have_holes():
+    tokenizer = word_tokenizer()
+    tokenizer.get_vocab = lambda: {"a": 0, "b": 40}
+    config = shape(vocabulary=64)
+    assert check_models(config, config, tokenizer, layers="all", compares_states=True).vocab_size == 41
+
+
+def test_a_step_needs_its_prompts():
+    check_step_size(4, 8, 2)
+    with pytest.raises(ValueError, match="has 3 prompts and one step needs 4"):
+        check_step_size(3, 8, 2)
 
 
 def test_no_end_token():

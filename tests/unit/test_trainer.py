@@ -68,7 +68,7 @@ def test_tied_heads(tmp_path):
 
 def test_what_was_done_with_the_head_is_said(tmp_path, caplog):
     # accelerate's logger speaks through the standard one
-    with caplog.at_level(logging.INFO, logger="oprd.training.trainer"):
+    with caplog.at_level(logging.INFO, logger="oprd.training"):
         canned_trainer(tmp_path, lm_head="keep", **PLAIN)
     text = caplog.text
     assert "the student's own (the teacher's differs by" in text
@@ -95,6 +95,58 @@ def test_the_teacher_may_have_another_shape_without_the_state_loss(tmp_path):
     trainer.train()
     assert all(torch.isfinite(torch.tensor(logged(trainer))))
     assert logged(trainer, "cosine/layer_03") == []
+
+
+def test_soft_capped_logits_are_refused_before_anything_is_sampled(tmp_path):
+    gemma = {"model": tiny_model("gemma2", tied=True), "teacher": tiny_model("gemma2", seed=1, tied=True)}
+    with pytest.raises(ValueError, match="output_loss: full"):
+        canned_trainer(tmp_path, **gemma)
+    canned_trainer(tmp_path, **gemma, output_loss="full").train()
+
+
+def test_a_student_cannot_be_its_own_teacher_object(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="Pass a copy"):
+        canned_trainer(tmp_path, model=model, teacher=model)
+
+
+def test_settings_for_loading_a_teacher_that_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="would be ignored: the teacher is already a model"):
+        canned_trainer(tmp_path, teacher_model_init_kwargs={"dtype": "float32"})
+
+
+def test_too_few_prompts_for_a_step(tmp_path):
+    with pytest.raises(ValueError, match="3 prompts and one step needs 8"):
+        canned_trainer(tmp_path, prompts=["a", "b", "c"])
+
+
+def test_lora_with_an_adopted_head_says_what_an_adapter_lacks(tmp_path, caplog):
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from oprd.training.run import save_final
+
+    lora = {"peft_config": LoraConfig(r=2, target_modules="all-linear", exclude_modules=["lm_head"])}
+    with caplog.at_level(logging.WARNING, logger="oprd.training"):
+        trainer = canned_trainer(tmp_path, trainer_kwargs=lora)
+    assert "an adapter saved alone does not carry" in caplog.text
+    trainer.train()
+    save_final(trainer, tmp_path / "final")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").lm_head.weight.equal(
+        tiny_model(seed=1).lm_head.weight
+    )
+
+
+def test_evaluation_does_not_cost_the_next_step_its_time(tmp_path):
+    from datasets import Dataset
+
+    trainer = canned_trainer(tmp_path)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["ab", "cd", "ef"]})
+    trainer.args.eval_strategy = "steps"
+    trainer.evaluate()
+    trainer.train()
+    assert min(logged(trainer, "time/student")) > 0
+    assert trainer._stopwatches["eval"].seconds["teacher"] > 0
 
 
 def test_a_bridge_is_refused_not_ignored(tmp_path):

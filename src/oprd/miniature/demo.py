@@ -73,7 +73,12 @@ def run_demo(out: str, *, steps: int | None = None, seed: int = 0) -> list[dict[
     curves = {}
     for name, settings in METHODS.items():
         directory = root / stamp / name.lower().replace(" ", "-")
-        settings = {**settings, "output_dir": directory, "seed": seed, **({"max_steps": steps} if steps else {})}
+        settings = {
+            **settings,
+            "output_dir": directory,
+            "seed": seed,
+            **({"max_steps": steps} if steps is not None else {}),
+        }
         arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         started = time.perf_counter()
         run(["--config", "miniature", *arguments], description=name)

@@ -64,14 +64,18 @@ def chunked_output_terms(
         with torch.no_grad():
             teacher_nV = project_teacher(teacher_nd)
         values_n = per_position(student_nV, teacher_nV, tokens_n)
+        loss = (
+            weights_n * values_n
+        ).sum()  # before the log: recomputation stops at the last tensor that backward needs
         log = (values_n.detach(), entropy(student_nV), entropy(teacher_nV), top_k_overlap(student_nV, teacher_nV))
-        return (weights_n * values_n).sum(), *(term.sum() for term in log)
+        return loss, *(term.sum() for term in log)
 
     chunks = [
         checkpoint(
             one_chunk,
             *(tensor[start : start + chunk_size] for tensor in (student_Nd, teacher_Nd, tokens_N, weights_N)),
             use_reentrant=False,
+            preserve_rng_state=False,
         )
         for start in range(0, max(len(tokens_N), 1), chunk_size)
     ]

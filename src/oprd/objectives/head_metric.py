@@ -3,10 +3,11 @@
 With heads ``W_S [V, d_S]`` and ``W_T [V, d_T]`` whose columns are centred over the vocabulary (the softmax does not see a
 shift common to all tokens), the mean squared difference of the logits is a quadratic form in the hidden states:
 
-    1/V ||W_S h_S - W_T h_T||^2 = h_S' G_SS h_S - 2 h_S' G_ST h_T + h_T' G_TT h_T,     G_XY = 1/V W_X' W_Y
+    1/V ||W_S h_S - W_T h_T||^2 = u' G_AA u + 2 u' G_AB v + v' G_BB v,     G_XY = 1/V X' Y
 
-The Gram matrices are d x d and cost one pass over the heads per step; no ``[B, T, V]`` tensor exists. It is OPRD measured
-in the head's own metric, it trains the head too, and it works for tied heads and for models of different widths.
+where ``A u + B v`` is the difference of the logits. The Gram matrices are d x d and cost one pass over the heads; no
+``[B, T, V]`` tensor exists. It is OPRD measured in the head's own metric, it trains the head too, and it works for tied
+heads and for models of different widths.
 """
 
 from __future__ import annotations
@@ -20,41 +21,46 @@ from oprd.objectives.reduction import reduce_positions
 
 
 class HeadGrams(NamedTuple):
-    """``student [d_S, d_S]``, ``cross [d_S, d_T]``, ``teacher [d_T, d_T]``, divided by V."""
+    """Gram matrices of ``A u + B v``, divided by V, and which A, B, u, v they stand for."""
 
-    student: Tensor
+    own: Tensor
     cross: Tensor
-    teacher: Tensor
+    other: Tensor
+    of_differences: bool
 
 
 def head_grams(student_head: Tensor, teacher_head: Tensor) -> HeadGrams:
     """Gram matrices of two vocabulary-centred heads ``[V, d_S]`` and ``[V, d_T]``, in float32 or wider.
 
-    Gradients reach the student's head only. Rows are matched by token id, so both heads must cover the same tokens.
+    Heads of one width are written as ``W_S (h_S - h_T) + (W_S - W_T) h_T``: every factor is small where the models agree,
+    so nothing cancels. Other widths take ``W_S h_S - W_T h_T`` as it stands. Gradients reach the student's head only. Rows
+    are matched by token id, so both heads must cover the same tokens.
     """
     if student_head.shape[0] != teacher_head.shape[0]:
         raise ValueError(
-            f"The heads cover {student_head.shape[0]} and {teacher_head.shape[0]} tokens; cut both to the tokenizer's length."
+            f"The heads cover {student_head.shape[0]} and {teacher_head.shape[0]} tokens; cut both to the tokenizer's "
+            "length."
         )
     dtype = torch.promote_types(torch.promote_types(student_head.dtype, teacher_head.dtype), torch.float32)
     size = student_head.shape[0]
     student, teacher = student_head.to(dtype), teacher_head.detach().to(dtype)
-    student = student - student.mean(dim=0)
-    teacher = teacher - teacher.mean(dim=0)
-    return HeadGrams(student.T @ student / size, student.T @ teacher / size, teacher.T @ teacher / size)
+    a = student - student.mean(dim=0)
+    b = teacher.mean(dim=0) - teacher
+    of_differences = a.shape == b.shape
+    if of_differences:
+        b = a + b
+    return HeadGrams(a.T @ a / size, a.T @ b / size, b.T @ b / size, of_differences)
 
 
 def logit_mse(student: Tensor, teacher: Tensor, grams: HeadGrams) -> Tensor:
     """Mean over the vocabulary of the squared difference of centred logits: ``[..., d_S]``, ``[..., d_T]`` -> ``[...]``.
 
-    A difference of large terms: near agreement, float32 rounding can leave it slightly below 0.
+    For models of different widths it is a difference of large terms, which rounding can leave slightly below 0.
     """
-    dtype = grams.student.dtype
-    student, teacher = student.to(dtype), teacher.detach().to(dtype)
-    own = ((student @ grams.student) * student).sum(dim=-1)
-    cross = ((student @ grams.cross) * teacher).sum(dim=-1)
-    constant = ((teacher @ grams.teacher) * teacher).sum(dim=-1)
-    return own - 2 * cross + constant
+    dtype = grams.own.dtype
+    u, v = student.to(dtype), teacher.detach().to(dtype)
+    u = u - v if grams.of_differences else u
+    return ((u @ grams.own + 2 * (v @ grams.cross.T)) * u).sum(dim=-1) + ((v @ grams.other) * v).sum(dim=-1)
 
 
 def logit_mse_loss(

@@ -83,11 +83,32 @@ class OPRDConfig(DistillationConfig):
                 "or use trl.DistillationTrainer for the generalised JSD."
             )
 
-    def _check_batches(self) -> None:
-        generated = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        if generated % self.responses_per_prompt:
+        self._refuse_ignored(self.output_loss == "none", "output_loss: none", output_weight=1.0)
+        if self.output_loss != "none" and not self.output_weight:
             raise ValueError(
-                f"responses_per_prompt={self.responses_per_prompt} does not divide the {generated} responses of a step "
+                f"output_loss={self.output_loss!r} would be ignored: output_weight is 0. Set output_loss: none."
+            )
+        ignored = "output_loss is not top_k"
+        self._refuse_ignored(
+            self.output_loss != "top_k", ignored, output_top_k=16, top_k_support="student", top_k_renormalize=True
+        )
+        takes_k = self.positions in ("first_k", "last_k")
+        self._refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
+
+    def _refuse_ignored(self, is_off: bool, why: str, **defaults: Any) -> None:
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if is_off and changed:
+            raise ValueError(f"{', '.join(changed)} would be ignored ({why}). Remove it.")
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses sampled for one update, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def _check_batches(self) -> None:
+        if self.responses_per_step % self.responses_per_prompt:
+            raise ValueError(
+                f"responses_per_prompt={self.responses_per_prompt} does not divide the {self.responses_per_step} responses of a step "
                 "(per_device_train_batch_size x gradient_accumulation_steps x processes)."
             )
 

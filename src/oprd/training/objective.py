@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from oprd.models import head_of
+from oprd.models import Head, head_of
 from oprd.objectives import (
     cosine_similarity,
     full_vocab_kl,
@@ -25,7 +25,6 @@ from oprd.objectives import (
 from oprd.objectives.chunked import OutputTerms, chunked_output_terms
 from oprd.states import Rollout, visit_states
 
-OUTPUT_LOSSES = ("none", "sampled", "top_k", "full")
 Terms = dict[str, Tensor]  # unweighted loss terms; they add up over micro-batches and processes
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum over positions, positions)
 
@@ -63,13 +62,16 @@ class Objective:
         return self.num_layers if self.uses_head else max(self.layers)
 
     def per_position_output(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Student logits, teacher logits ``[n, V]`` and tokens ``[n]`` -> cost ``[n]``, at the sampling temperature."""
-        chosen: Callable[[Tensor, Tensor, Tensor], Tensor] = {
+        """Student logits, teacher logits ``[n, V]`` and tokens ``[n]`` -> cost ``[n]``."""
+        return {
             "sampled": sampled_token,
             "top_k": lambda s, t, _: top_k_kl(s, t, self.output_top_k, self.top_k_support, self.top_k_renormalize),
             "full": lambda s, t, _: full_vocab_kl(s, t),
         }[self.output_loss]
-        return lambda s, t, y: chosen(s.float() / self.temperature, t.float() / self.temperature, y)
+
+    def at_temperature(self, head: Head) -> Callable[[Tensor], Tensor]:
+        """``[n, d] -> [n, V]``: float32 logits of the distribution that responses are sampled from."""
+        return lambda states_nd: head.logits(states_nd).float() / self.temperature
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ def student_loss(
                 targets.at_outputs,
                 rollout.output_tokens_N,
                 rollout.output_weights_N,
-                own.logits,
-                other.logits,
+                objective.at_temperature(own),
+                objective.at_temperature(other),
                 objective.chunk_size,
             )
             if objective.num_layers not in per_layer and own.weight_Vd.shape[1] == other.weight_Vd.shape[1]:

@@ -37,6 +37,7 @@ DATA_HELP: dict[str, str] = {
     "dataset_config": "Configuration of a Hub dataset.",
     "dataset_train_split": "Split of a Hub dataset to train on.",
     "eval_dataset_name": "Prompts with answers to evaluate on; used when eval_strategy is not 'no'.",
+    "eval_config": "Configuration of a Hub evaluation dataset.",
     "eval_split": "Split of a Hub evaluation dataset.",
     "prompt_column": "Column with the prompt; found by itself if it is prompt, problem or question.",
     "answer_column": "Column with the reference answer; found by itself if it is answer or reward_model.ground_truth.",

@@ -46,12 +46,12 @@ def check_models(
         ValueError: shapes that cannot be compared, or a model with fewer embeddings than the tokenizer has tokens.
     """
     student, teacher = student.get_text_config(), teacher.get_text_config()
-    vocab_size = len(tokenizer)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
     for role, config in (("student", student), ("teacher", teacher)):
         if config.vocab_size < vocab_size:
             raise ValueError(
-                f"The {role} has {config.vocab_size} embeddings for a tokenizer of {vocab_size} tokens. Resize it with "
-                "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that it was trained with."
+                f"The {role} has {config.vocab_size} embeddings for a tokenizer whose ids go up to {vocab_size - 1}. "
+                f"Resize it with model.resize_token_embeddings({vocab_size}), or use the tokenizer that it was trained with."
             )
     depths, widths = (
         [getattr(config, name) for config in (student, teacher)] for name in ("num_hidden_layers", "hidden_size")
@@ -91,20 +91,29 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
-def check_end_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int]) -> None:
-    """The two must share a token that ends a response; else the student unlearns to stop and lengths explode.
+def check_end_tokens(
+    tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int], teacher_main: int | None = None
+) -> None:
+    """The token with which the teacher ends a response must end the student's; else lengths explode.
+
+    Args:
+        student, teacher: every end token of either (tokenizer and generation config).
+        teacher_main: the end token of the teacher's tokenizer, where that is known: the one it was trained to write.
 
     Raises:
-        ValueError: no end token at all, or none in common.
+        ValueError: the student has no end token, none in common, or not the teacher's main one.
     """
     if not student:
         raise ValueError("The student's tokenizer has no end token. Set tokenizer.eos_token and save it.")
-    if teacher and not student & teacher:
-        names = [[tokenizer.convert_ids_to_tokens(i) for i in sorted(ids)] for ids in (student, teacher)]
+    if (teacher and not student & teacher) or (teacher_main is not None and teacher_main not in student):
+        names = [
+            ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ids))))
+            for ids in (student, teacher if teacher_main is None else {teacher_main})
+        ]
         raise ValueError(
-            f"The student ends a response with {', '.join(map(str, names[0]))}, the teacher with "
-            f"{', '.join(map(str, names[1]))}. Taught by this teacher the student would never stop. Add the teacher's "
-            "token to the student's generation_config.eos_token_id (or set it as the tokenizer's eos_token) and save it."
+            f"The student's responses end with {names[0]}, the teacher's with {names[1]}. Taught by this teacher the student "
+            "would never stop. Add the teacher's token to the student's generation_config.eos_token_id (or set it as the "
+            "tokenizer's eos_token) and save it."
         )
 
 
@@ -137,6 +146,21 @@ def check_datasets(
             raise ValueError(f"{name} is empty.")
     if isinstance(train, IterableDataset) and responses_per_prompt > 1:
         raise ValueError("A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole.")
+
+
+def check_step_size(num_prompts: int, responses_per_step: int, responses_per_prompt: int) -> None:
+    """One step draws its prompts without repeats, so there must be that many.
+
+    Raises:
+        ValueError: too few prompts; no step could ever be taken.
+    """
+    needed = responses_per_step // responses_per_prompt
+    if num_prompts < needed:
+        raise ValueError(
+            f"train_dataset has {num_prompts} prompts and one step needs {needed} (per_device_train_batch_size x "
+            "gradient_accumulation_steps x processes / responses_per_prompt). Lower the batch, raise "
+            "responses_per_prompt, or add prompts."
+        )
 
 
 def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template: Any) -> list[int]:

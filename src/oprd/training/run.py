@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class DataConfig:
     dataset_config: str | None = _data("dataset_config", None)
     dataset_train_split: str = _data("dataset_train_split", "train")
     eval_dataset_name: str | None = _data("eval_dataset_name", None)
+    eval_config: str | None = _data("eval_config", None)
     eval_split: str = _data("eval_split", "test")
     prompt_column: str | None = _data("prompt_column", None)
     answer_column: str | None = _data("answer_column", None)
@@ -43,16 +45,33 @@ class DataConfig:
 def parse(arguments: list[str]) -> tuple[DataConfig, OPRDConfig, ModelConfig]:
     """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser = TrlParser((DataConfig, OPRDConfig, ModelConfig), prog="oprd train")
+    usage = "oprd train --config RECIPE [--key value ...]"
+    parser = TrlParser((DataConfig, OPRDConfig, ModelConfig), prog="oprd train", usage=usage, allow_abbrev=False)
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ValueError("--config needs a recipe: a YAML file, or the name of one that ships with oprd.")
-        arguments = [*arguments[:position], str(find_recipe(arguments[position])), *arguments[position + 1 :]]
+        recipe = find_recipe(arguments[position])
+        _check_recipe(recipe, {action.dest for action in parser._actions} | {"env"})
+        arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
+    return parser.parse_args_and_config(arguments)
+
+
+def _check_recipe(path: Path, known: set[str]) -> None:
+    """A mapping whose every key is a setting.
+
+    Raises:
+        ValueError: not YAML, not a mapping, or an unknown key, with the nearest known one.
+    """
     try:
-        return parser.parse_args_and_config(arguments)
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {error}") from error
+        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"The recipe {path} must be a mapping of settings, such as learning_rate: 1.0e-5.")
+    for key in settings.keys() - known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "."))
 
 
 def find_recipe(name: str) -> Path:
@@ -76,10 +95,11 @@ def _resolved(configs: tuple[Any, ...]) -> dict[str, Any]:
             value = getattr(config, item.name)
             default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
             plain = value.value if hasattr(value, "value") else value
+            plain = plain.to_dict() if hasattr(plain, "to_dict") else plain
             if (item.name in HELP or plain != default) and _is_plain(plain):
                 settings[item.name] = plain
-    # What TrainingArguments derive from the machine is not a setting.
-    for name in ("logging_dir", "local_rank", "deepspeed_plugin", "distributed_state", "run_name"):
+    # Derived from the machine, secret, or about this one call: not what repeats a run.
+    for name in ("local_rank", "run_name", "hub_token", "push_to_hub_token", "resume", "resume_from_checkpoint"):
         settings.pop(name, None)
     return settings
 
@@ -113,9 +133,13 @@ def build_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> OPR
         **columns,
     )
     evaluates = args.eval_strategy != "no"
-    if evaluates and data.eval_dataset_name is None:
-        raise ValueError("eval_strategy is set but eval_dataset_name is not.")
-    eval_dataset = load_prompts(data.eval_dataset_name, split=data.eval_split, **columns) if evaluates else None
+    if evaluates != (data.eval_dataset_name is not None):
+        raise ValueError("Evaluation needs both eval_strategy (steps or epoch) and eval_dataset_name; one is missing.")
+    eval_dataset = (
+        load_prompts(data.eval_dataset_name, config=data.eval_config, split=data.eval_split, **columns)
+        if evaluates
+        else None
+    )
     shared = {"attn_implementation": model.attn_implementation}
     args.model_init_kwargs = {
         **shared,
@@ -151,6 +175,8 @@ def save_final(trainer: OPRDTrainer, directory: Path) -> None:
             model.merge_and_unload().save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
     else:
+        if trainer.is_fsdp_enabled:  # the sharded default writes no model that from_pretrained could load
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(directory))
     if trainer.accelerator.is_main_process:
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
@@ -173,7 +199,7 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
     last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
     if (directory / "final").exists() and not data.resume:
         raise ValueError(f"{directory} holds a finished run. Choose another output_dir, or remove it.")
-    if last is not None and not data.resume:
+    if last is not None and not (data.resume or args.resume_from_checkpoint):
         raise ValueError(
             f"{directory} already holds {Path(last).name}. Continue it with --resume, or choose another output_dir."
         )
@@ -182,7 +208,7 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
     if trainer.accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=last if data.resume else None)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or (last if data.resume else None))
     save_final(trainer, directory / "final")
     if args.push_to_hub:
         trainer.push_to_hub()

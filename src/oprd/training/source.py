@@ -52,3 +52,12 @@ class Source:
         if not path:
             raise ValueError(f"The {role} is a model without a path: pass its tokenizer as {argument}.")
         return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left", **self._where)
+
+    def tokenizer_if_known(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer beside the weights; None for an instance whose origin, if any, holds none."""
+        if self.is_path:
+            return self.tokenizer("model", "tokenizer")
+        try:
+            return self.tokenizer("model", "tokenizer")
+        except (OSError, ValueError):
+            return None

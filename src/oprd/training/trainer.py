@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
 from oprd import models
-from oprd._compat import RepeatSampler, create_model_from_path, prepare_deepspeed
+from oprd._compat import RepeatSampler, create_model_from_path, is_vllm_available, prepare_deepspeed
 from oprd.evaluation import grade
 from oprd.objectives import position_weights, select_positions
 from oprd.states import Rollout, same_tokens
-from oprd.training import preflight
+from oprd.training import heads, preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.meters import Meters, Stopwatch
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
@@ -87,6 +87,8 @@ class OPRDTrainer(DistillationTrainer):
         if bridge is not None:
             raise ValueError("bridge: " + preflight.NEEDS_BRIDGE)
         args = args or OPRDConfig("oprd")
+        if args.use_vllm and not is_vllm_available():
+            raise ValueError('vLLM is not installed: pip install "oprd[vllm]", or set use_vllm: false.')
         if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
                 "DeepSpeed ZeRO-3 partitions the LM head before it can be compared or adopted, which this version does not "
@@ -95,6 +97,12 @@ class OPRDTrainer(DistillationTrainer):
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
             raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path.")
+        if teacher_model is model and not isinstance(model, str):
+            raise ValueError("Student and teacher are one object, and the teacher is frozen. Pass a copy of it.")
+        if not isinstance(teacher_model, str) and (args.teacher_model_init_kwargs or args.teacher_model_revision):
+            raise ValueError(
+                "teacher_model_init_kwargs and teacher_model_revision would be ignored: the teacher is already a model."
+            )
         model, teacher_model = (models.resolve_path(m) if isinstance(m, str) else m for m in (model, teacher_model))
         student_source = Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code)
         teacher_source = Source(teacher_model, args.teacher_model_revision, args.trust_remote_code)
@@ -102,8 +110,9 @@ class OPRDTrainer(DistillationTrainer):
         tokenizer = processing_class or student_source.tokenizer("student", "processing_class")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}: text models only.")
-        if teacher_processing_class is None and teacher_source.is_path:
-            teacher_processing_class = teacher_source.tokenizer("teacher", "teacher_processing_class")
+        teacher_processing_class = teacher_processing_class or teacher_source.tokenizer_if_known()
+        if teacher_processing_class is None:
+            logger.warning("The teacher's tokenizer is not known: pass teacher_processing_class to have it compared.")
         shapes = self._check_pair(
             args, student_source, teacher_source, tokenizer, teacher_processing_class, train_dataset
         )
@@ -126,21 +135,23 @@ class OPRDTrainer(DistillationTrainer):
         self.vocab_size = shapes.vocab_size
         teacher = self._load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         teacher.requires_grad_(False).eval()
-        self.lm_head, why = self._adopt_or_keep_head(teacher)
+        heads.check_loaded(self.model, teacher, is_fsdp=self.is_fsdp_enabled)
+        self.lm_head, why = heads.adopt_or_keep(self.model, teacher, args.lm_head, shapes.vocab_size)
         self.objective = args.objective(
             layers=shapes.layers,
             num_layers=shapes.num_layers,
             vocab_size=shapes.vocab_size,
             head_adopted=self.lm_head == "teacher",
         )
-        self._freeze_what_no_loss_reaches(why)
+        heads.freeze_and_report(self.model, teacher, self.objective, self.lm_head, why)
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
-        self._stopwatch = Stopwatch(self.accelerator.device)
+        self._stopwatches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
+        self._memory_rise = 0
         self._memory_at_start = 0
 
     # ---------------------------------------------------------------------------------------- before the first step
@@ -161,6 +172,7 @@ class OPRDTrainer(DistillationTrainer):
             tokenizer,
             models.end_token_ids(tokenizer, student.generation_config),
             models.end_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
+            None if teacher_tokenizer is None else teacher_tokenizer.eos_token_id,
         )
         return shapes
 
@@ -170,56 +182,27 @@ class OPRDTrainer(DistillationTrainer):
             if args.max_prompt_length is not None:
                 raise ValueError("max_prompt_length needs a dataset that is loaded whole, not a streaming one.")
             return dataset
-        return preflight.fit_prompts(
+        dataset = preflight.fit_prompts(
             dataset,
             preflight.prompt_lengths(dataset, tokenizer, **(args.chat_template_kwargs or {})),
             context=context,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
         )
+        preflight.check_step_size(len(dataset), args.responses_per_step, args.responses_per_prompt)
+        return dataset
 
     def _load_teacher(self, path: str) -> PreTrainedModel:
         kwargs = dict(self.args.teacher_model_init_kwargs or {})
-        kwargs.setdefault("dtype", "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32")
+        # States are compared: a teacher in bf16 keeps its residual stream in bf16 too, and even the student's own weights
+        # would then be a teacher at a distance. The student's dtype, under the same autocast, has no such floor.
+        kwargs.setdefault("dtype", self.model.dtype)
         kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
         if self.args.teacher_model_revision is not None:
             kwargs.setdefault("revision", self.args.teacher_model_revision)
         if self.accelerator.num_processes > 1:
             kwargs["device_map"] = None  # a split teacher cannot be one process's share
         return create_model_from_path(path, **kwargs)
-
-    def _adopt_or_keep_head(self, teacher: nn.Module) -> tuple[str, str]:
-        """Settle ``lm_head`` (teacher, keep or freeze) and say what is known about the two heads."""
-        student, settled = self.model, self.args.lm_head
-        if settled == "freeze" and models.is_tied(student):
-            raise ValueError("lm_head: freeze would freeze the input embeddings too: this student ties them. Use keep.")
-        drift = models.head_drift(student, teacher, self.vocab_size)
-        why = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
-        if settled == "auto":
-            reason = models.why_head_cannot_move(student, teacher, self.vocab_size)
-            settled = "keep" if reason else "teacher"
-            why += f"; not adopted: {reason}" if reason else ""
-        if settled == "teacher":
-            models.adopt_head(student, teacher, self.vocab_size)
-        return settled, why
-
-    def _freeze_what_no_loss_reaches(self, why: str) -> None:
-        student, objective = self.model, self.objective
-        frozen = models.freeze_unreachable(student, top_layer=objective.top_layer, head=objective.uses_head)
-        if self.lm_head == "freeze":
-            models.causal_lm(student).get_output_embeddings().requires_grad_(False)
-        trained = any(p.requires_grad for p in models.causal_lm(student).get_output_embeddings().parameters())
-        own = "the student's own"
-        how = {"teacher": "the teacher's, adopted", "keep": own, "freeze": f"{own}, frozen"}[self.lm_head]
-        logger.info(
-            f"LM head: {how} ({why}); {'trained' if trained else 'not trained'}; logit_weight {objective.logit_weight:g}. "
-            f"{frozen:,} parameters that no loss reaches are frozen."
-        )
-        if self.lm_head != "teacher" and not trained:
-            logger.warning(
-                "The student keeps its own LM head and nothing trains it: where the teacher's differs, matching states may "
-                "not move accuracy. Set logit_weight: 1 or lm_head: teacher."
-            )
 
     def _suppress_padded_vocabulary(self) -> None:
         """Embedding rows beyond the tokenizer stand for no token: never sample them."""
@@ -254,7 +237,7 @@ class OPRDTrainer(DistillationTrainer):
             generated = generated & batch["tool_mask"].bool()
         masks = {
             "state": select_positions(generated, self.args.positions, self.args.position_k),
-            "output": generated & (batch["completion_ids"] < self.vocab_size),
+            "output": generated & (batch["completion_ids"] < self.vocab_size),  # vLLM may sample padded rows
         }
         counts = torch.stack([count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())])
         counts = self.accelerator.reduce(counts.float(), reduction="sum")
@@ -266,7 +249,9 @@ class OPRDTrainer(DistillationTrainer):
         if "answer" in inputs[0]:  # a column is there on every process or on none; a single answer may be missing
             texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
             answers = [row["answer"] for row in inputs]
-            right = [float("nan") if a is None else float(grade(t, a)) for t, a in zip(texts, answers, strict=True)]
+            right = [
+                float("nan") if a is None else float(grade(t, str(a))) for t, a in zip(texts, answers, strict=True)
+            ]
             right = self.accelerator.gather(torch.tensor(right, device=self.accelerator.device))
             self._metrics[mode]["accuracy"].append(right.nanmean().item())
         return batch
@@ -308,6 +293,10 @@ class OPRDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             return student_loss(self.objective, student, teacher, rollout, targets)
 
+    @property
+    def _stopwatch(self) -> Stopwatch:
+        return self._stopwatches["train" if self.model.training else "eval"]
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         started = self._stopwatch.now()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -325,6 +314,9 @@ class OPRDTrainer(DistillationTrainer):
         metrics["time/teacher"].append(seconds["teacher"])
         metrics["time/student"].append(seconds["step"] - seconds["rollout"] - seconds["teacher"])
         metrics["tokens_per_second"].append(metrics["response_tokens"][-1] / seconds["step"])
+        if self.accelerator.device.type == "cuda":
+            metrics["memory/update_peak_rise_gb"].append(self._memory_rise / 1e9)
+            self._memory_rise = 0
 
     def _begin_memory_watch(self) -> None:
         if self.accelerator.device.type == "cuda" and self.model.training:
@@ -333,8 +325,7 @@ class OPRDTrainer(DistillationTrainer):
 
     def _end_memory_watch(self) -> None:
         if self.accelerator.device.type == "cuda":
-            rise = torch.cuda.max_memory_allocated() - self._memory_at_start
-            self._metrics["train"]["memory/update_peak_rise_gb"].append(rise / 1e9)
+            self._memory_rise = max(self._memory_rise, torch.cuda.max_memory_allocated() - self._memory_at_start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

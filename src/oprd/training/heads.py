@@ -1,0 +1,85 @@
+"""Between loading and the first step: is the pair placed as it must be, and whose LM head does the student end with."""
+
+from __future__ import annotations
+
+from accelerate.logging import get_logger
+from torch import nn
+
+from oprd import models
+from oprd.training.objective import Objective
+
+logger = get_logger(__name__)
+
+
+def check_loaded(student: nn.Module, teacher: nn.Module, *, is_fsdp: bool) -> None:
+    """Blocks can be found, each model lies on one device, and the student can be saved as it is trained.
+
+    Raises:
+        ValueError: an architecture whose blocks are unclear, a model split over devices, or LoRA under FSDP.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        models.decoder_layers(models.backbone_of(model))
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise ValueError(
+                f"The {role} is split over several devices. Use accelerate launch (one process per GPU), make one GPU visible "
+                "with CUDA_VISIBLE_DEVICES, or load it with device_map=None."
+            )
+    if is_fsdp and models.causal_lm(student) is not student:
+        raise ValueError("LoRA under FSDP cannot be merged into a model at the end. Use DDP or DeepSpeed ZeRO-2.")
+
+
+def adopt_or_keep(student: nn.Module, teacher: nn.Module, lm_head: str, vocab_size: int) -> tuple[str, str]:
+    """Settle ``lm_head`` and, for ``teacher``, copy the teacher's head over the student's.
+
+    Returns:
+        ``teacher``, ``keep`` or ``freeze``, and in words what is known about the two heads.
+
+    Raises:
+        ValueError: a head that cannot be adopted, or frozen, although that was asked for.
+    """
+    if lm_head == "freeze" and models.is_tied(student):
+        raise ValueError("lm_head: freeze would freeze the input embeddings too: this student ties them. Use keep.")
+    drift = models.head_drift(student, teacher, vocab_size)
+    why = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
+    if lm_head == "auto":
+        reason = models.why_head_cannot_move(student, teacher, vocab_size)
+        lm_head = "keep" if reason else "teacher"
+        why += f"; not adopted: {reason}" if reason else ""
+    if lm_head == "teacher":
+        models.adopt_head(student, teacher, vocab_size)
+    return lm_head, why
+
+
+def freeze_and_report(student: nn.Module, teacher: nn.Module, objective: Objective, lm_head: str, why: str) -> None:
+    """Switch off gradients that no loss reaches, and say what became of the head.
+
+    Raises:
+        ValueError: the head metric with a model that soft-caps its logits.
+    """
+    if objective.logit_weight and any(models.head_of(model).softcap for model in (student, teacher)):
+        raise ValueError(
+            "logit_weight needs linear logits, and these models soft-cap theirs. Set logit_weight: 0, and have the "
+            "student's head trained by output_loss: full or replaced by lm_head: teacher."
+        )
+    frozen = models.freeze_unreachable(student, top_layer=objective.top_layer, head=objective.uses_head)
+    head = models.causal_lm(student).get_output_embeddings()
+    if lm_head == "freeze":
+        head.requires_grad_(False)
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    own = "the student's own"
+    how = {"teacher": "the teacher's, adopted", "keep": own, "freeze": f"{own}, frozen"}[lm_head]
+    logger.info(
+        f"LM head: {how} ({why}); {'trained' if trained else 'not trained'}; logit_weight {objective.logit_weight:g}. "
+        f"{frozen:,} parameters that no loss reaches are frozen."
+    )
+    if lm_head != "teacher" and not trained and objective.representation_weight:
+        remedy = "Set lm_head: teacher" + ("." if objective.uses_head else ", or logit_weight: 1.")
+        logger.warning(
+            "The student keeps its own LM head and nothing trains it: where the teacher's differs, matching states may not "
+            f"move accuracy. {remedy}"
+        )
+    if lm_head == "teacher" and models.causal_lm(student) is not student:
+        logger.warning(
+            "The adopted LM head is in the base weights, which an adapter saved alone does not carry. Merge before you save: "
+            "oprd.training.run.save_final(trainer, directory) does, and so does oprd train."
+        )
