@@ -5,11 +5,21 @@ import sys
 from pathlib import Path
 
 import torch
-
 from datasets import Dataset
+
 from tiny import PROMPTS, canned_trainer, logged
 
-KEYS = ("eval_loss", "eval_cosine", "eval_completions/mean_length", "loss", "cosine", "loss/representation", "loss/output", "completions/mean_length", "accuracy")
+KEYS = (
+    "eval_loss",
+    "eval_cosine",
+    "eval_completions/mean_length",
+    "loss",
+    "cosine",
+    "loss/representation",
+    "loss/output",
+    "completions/mean_length",
+    "accuracy",
+)
 
 
 def main(out, size, cases):

@@ -1,0 +1,45 @@
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oprd.miniature import rebuild as module
+from oprd.miniature.task import build_tokenizer
+from oprd.models import is_tied, resolve_path
+
+
+def test_a_batch_supervises_answers_and_end_tokens_only():
+    import random
+
+    tokenizer = build_tokenizer()
+    ids, labels = module._batch(tokenizer, random.Random(0))
+    supervised = labels != -100
+    assert ids.shape == labels.shape == (module.BATCH_SIZE, ids.shape[1])
+    assert ids[supervised].equal(labels[supervised])
+    assert (labels[:, -1] == tokenizer.eos_token_id).all()
+    for row, on in zip(ids, supervised, strict=True):
+        assert tokenizer.decode(row[~on]).endswith("=?")
+
+
+def test_two_rebuilds_are_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STUDENT_STEP", 2)
+    monkeypatch.setattr(module, "TEACHER_STEP", 4)
+    said = []
+    for name in ("a", "b"):
+        module.rebuild(tmp_path / name, announce=said.append)
+    assert [line.split(":")[0] for line in said] == ["student", "teacher"] * 2
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "teacher").state_dict() for n in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    early = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "student").state_dict()
+    assert not torch.equal(early["lm_head.weight"], a["lm_head.weight"])
+    assert (tmp_path / "a" / "train.jsonl").read_text() == (tmp_path / "b" / "train.jsonl").read_text()
+
+
+def test_the_shipped_pair_is_what_the_recipe_builds():
+    fresh = module.build_model(build_tokenizer())
+    for name in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(resolve_path(f"miniature:{name}"))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(f"miniature:{name}"))
+        assert {k: v.shape for k, v in model.state_dict().items()} == {
+            k: v.shape for k, v in fresh.state_dict().items()
+        }
+        assert not is_tied(model)
+        assert tokenizer.get_vocab() == build_tokenizer().get_vocab()

@@ -1,0 +1,45 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from oprd.evaluation import extract_boxed, grade
+from oprd.miniature.task import build_tokenizer, held_out, make_problem, training_problems, validation
+from oprd.models import resolve_path
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_solution_is_right_at_every_step(seed):
+    problem = make_problem(random.Random(seed))
+    chain = problem["prompt"].removesuffix("=?")
+    value = int(chain[:2])
+    written, rest = chain[:2], problem["solution"][2:]
+    for sign, term in zip(chain[2::2], chain[3::2], strict=True):
+        value = (value + int(sign + term)) % 100
+        written += f"{sign}{term}={value:02d}"
+        assert problem["solution"].startswith(written)
+    assert rest and extract_boxed(problem["solution"]) == problem["answer"] == f"{value:02d}"
+    assert grade(problem["solution"], problem["answer"])
+
+
+def test_sets_do_not_meet_and_are_always_the_same():
+    sets = [{p["prompt"] for p in problems} for problems in (held_out(), validation(), training_problems(2000, 1))]
+    assert len(sets[0]) == 256
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert training_problems(5, 3) == training_problems(5, 3)
+
+
+def test_the_shipped_files_are_these_sets():
+    for name, problems in (("test", held_out()), ("validation", validation()), ("train", training_problems(4096, 1))):
+        lines = Path(resolve_path(f"miniature:{name}.jsonl")).read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == [p["prompt"] for p in problems]
+        assert [json.loads(line)["answer"] for line in lines] == [p["answer"] for p in problems]
+
+
+def test_the_tokenizer_merges_numbers_and_the_box_and_loses_nothing():
+    tokenizer = build_tokenizer()
+    assert tokenizer.tokenize("37+4=41\\boxed{41}") == ["37", "+", "4", "=", "41", "\\boxed{", "41", "}"]
+    for problem in held_out()[:20]:
+        text = problem["prompt"] + problem["solution"]
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
