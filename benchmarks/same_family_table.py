@@ -161,8 +161,8 @@ def one_row(row: str) -> None:
 def table() -> str:
     """Markdown, one line a row, at the learning rate that validation chose."""
     lines = [
-        "| objective | lr (swept) | Avg@16 | seeds | Best@16 | length | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| objective | lr (swept) | Avg@16 | seeds | Best@16 | length |",
+        "|---|---|---|---|---|---|",
     ]
     done = results().values()
     for name in ("teacher", "student"):
@@ -170,7 +170,7 @@ def table() -> str:
             half = (r["test"]["avg_high"] - r["test"]["avg_low"]) / 2
             lines.append(
                 f"| {name} | | {r['test']['avg_at_k']:.1f} ± {half:.1f} | | {r['test']['best_at_k']:.1f} | "
-                f"{r['test']['mean_length']:.1f} | |"
+                f"{r['test']['mean_length']:.1f} |"
             )
     for row in [*ROWS, *CONTROLS]:
         own = [r for r in done if r["row"] == row and "validation" in r]
@@ -186,8 +186,7 @@ def table() -> str:
         half = mean(lambda r: (r["test"]["avg_high"] - r["test"]["avg_low"]) / 2)
         lines.append(
             f"| {row} | {best:g} ({len(swept)}) | {mean(lambda r: r['test']['avg_at_k']):.1f} ± {half:.1f} | {scores} | "
-            f"{mean(lambda r: r['test']['best_at_k']):.1f} | {mean(lambda r: r['test']['mean_length']):.1f} | "
-            f"{mean(lambda r: r['seconds']):.0f} |"
+            f"{mean(lambda r: r['test']['best_at_k']):.1f} | {mean(lambda r: r['test']['mean_length']):.1f} |"
         )
     return "\n".join(lines)
 

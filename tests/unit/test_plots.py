@@ -13,7 +13,7 @@ def png(path):
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert content[-8:-4] == b"IEND"
     width, height = struct.unpack(">II", content[16:24])
-    assert (width, height) == (720, 432)
+    assert (width, height) == (912, 432)
     assert len(content) > 5000
     return content
 
@@ -31,7 +31,8 @@ def test_exactly_the_pictures_with_data(tmp_path):
 
 
 def test_every_quantity(tmp_path):
-    row = {"step": 1} | {keys[0]: 0.5 for _, keys in CURVES.values()}
+    keys = ("accuracy", "cosine/layer_04", "completions/mean_length", "loss", "entropy/student", "overlap/top16")
+    row = {"step": 1} | dict.fromkeys(keys, 0.5)
     assert names(plot_runs({"one": [row]}, tmp_path)) == [f"{name}.png" for name in CURVES]
 
 
@@ -52,16 +53,12 @@ def picture(tmp_path):
     return draw
 
 
-def test_a_run_without_a_mean_cosine_shows_its_last_layer(picture):
-    mean = [{"step": 1, "cosine": 0.5}, {"step": 2, "cosine": 0.75}]
-    low = [{"cosine/layer_02": 0.1}, {"cosine/layer_02": 0.2}]
-    assert picture([row | layer for row, layer in zip(mean, low, strict=True)]) == picture(mean)
-    layers = [
-        {"step": 1, "cosine/layer_10": 0.5, "cosine/layer_02": 0.1},
-        {"step": 2, "cosine/layer_02": 0.2, "cosine/layer_10": 0.75},
-    ]
-    assert picture(layers) == picture(mean)
-    assert picture([{"step": step, **row} for step, row in enumerate(low, 1)]) != picture(mean)
+def test_the_cosine_is_that_of_the_highest_layer(picture):
+    """Not the mean over layers, which a run without the state loss does not know; and layer 10 is above layer 2."""
+    plain = [{"step": 1, "cosine/layer_10": 0.5}, {"step": 2, "cosine/layer_10": 0.75}]
+    more = [row | {"cosine/layer_02": 0.1, "cosine": 0.3} for row in plain]
+    assert picture(more) == picture(plain)
+    assert picture([{"step": row["step"], "cosine/layer_10": 0.1} for row in plain]) != picture(plain)
 
 
 def test_rows_without_the_value_leave_no_gap(picture):

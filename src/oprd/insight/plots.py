@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CURVES = {  # file name -> (title, keys: the first that a run logged)
-    "accuracy": ("accuracy of the training rollouts", ("accuracy",)),
-    "cosine": ("cosine to the teacher", ("cosine", "cosine/last")),
-    "length": ("response length, tokens", ("completions/mean_length",)),
-    "loss": ("loss", ("loss",)),
-    "entropy": ("entropy of the student, nats", ("entropy/student",)),
-    "overlap": ("overlap of the top-16 sets", ("overlap/top16",)),
-}
+Row = Mapping[str, Any]
 
 
-def _last_layer_cosine(row: Mapping[str, Any]) -> float | None:
+def _key(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get(name)
+
+
+def _highest_layer_cosine(row: Row) -> float | None:
+    """Not the mean over layers: a run without the state loss knows the last layer only, and curves must be comparable."""
     layers = [key for key in row if key.startswith("cosine/layer_")]
     return row[max(layers, key=lambda name: int(name.rsplit("_", 1)[1]))] if layers else None
 
 
-def _curve(metrics: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
-    for key in keys:
-        read = _last_layer_cosine if key == "cosine/last" else lambda row, key=key: row.get(key)
-        points = [(row["step"], read(row)) for row in metrics if read(row) is not None]
-        if points:
-            return [step for step, _ in points], [value for _, value in points]
-    return [], []
+CURVES: dict[str, tuple[str, Callable[[Row], float | None]]] = {  # file name -> title, value of a logged row
+    "accuracy": ("accuracy of the training rollouts", _key("accuracy")),
+    "cosine": ("cosine to the teacher, highest layer compared", _highest_layer_cosine),
+    "length": ("response length, tokens", _key("completions/mean_length")),
+    "loss": ("loss", _key("loss")),
+    "entropy": ("entropy of the student, nats", _key("entropy/student")),
+    "overlap": ("overlap of the top-16 sets", _key("overlap/top16")),
+}
+
+
+def _curve(metrics: Sequence[Row], value: Callable[[Row], float | None]) -> tuple[list[int], list[float]]:
+    points = [(row["step"], value(row)) for row in metrics if value(row) is not None]
+    return [step for step, _ in points], [y for _, y in points]
 
 
 def plot_runs(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, references: Mapping[str, float] | None = None
+    runs: Mapping[str, Sequence[Row]], directory: Path, *, references: Mapping[str, float] | None = None
 ) -> list[Path]:
     """Draw every curve that some run logged; returns the PNG files.
 
@@ -45,24 +49,24 @@ def plot_runs(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, (title, keys) in CURVES.items():
-        curves = {label: _curve(metrics, keys) for label, metrics in runs.items()}
+    for name, (title, value) in CURVES.items():
+        curves = {label: _curve(metrics, value) for label, metrics in runs.items()}
         curves = {label: curve for label, curve in curves.items() if curve[0]}
         if not curves:
             continue
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.6, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for label, (steps, values) in curves.items():
             axes.plot(steps, values, label=label, linewidth=1.8)
         if name == "accuracy":
-            for index, (label, value) in enumerate((references or {}).items()):
-                axes.axhline(value, color="0.5", linestyle=("--", ":")[index % 2], linewidth=1.2, label=label)
+            for index, (label, level) in enumerate((references or {}).items()):
+                axes.axhline(level, color="0.5", linestyle=("--", ":")[index % 2], linewidth=1.2, label=label)
             axes.set_ylim(0, 1.02)
         axes.set(title=title, xlabel="update")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, not on them
         path = directory / f"{name}.png"
         figure.savefig(path, dpi=120)
         written.append(path)

@@ -85,6 +85,6 @@ def run_demo(out: str, *, steps: int | None = None, seed: int = 0) -> list[dict[
         seconds = time.perf_counter() - started
         rows.append(_evaluate(name, str(directory / "final")) | {"seconds": round(seconds)})
         curves[name] = read_metrics(directory / "metrics.jsonl")
-    references = {row["model"]: row[f"Avg@{SAMPLES}"] / 100 for row in rows[:2]}
+    references = {f"{row['model']} (T=0.7)": row[f"Avg@{SAMPLES}"] / 100 for row in rows[:2]}
     plot_runs(curves, root / "plots", references=references)
     return rows
