@@ -136,9 +136,10 @@ def test_from_recipe_to_a_model_that_generates(recipe, tmp_path, checkpoints, ca
     student = AutoModelForCausalLM.from_pretrained(checkpoints / "student")
     assert model.config.vocab_size == 512  # the student's own shape, padding and all
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, student.model.layers[0].mlp.up_proj.weight)
-    # The head was adopted for the tokenizer's 500 tokens and then trained; the padded rows are the student's.
-    assert model.lm_head.weight[500:].equal(student.lm_head.weight[500:])
-    drift = [(model.lm_head.weight[:500] - m.lm_head.weight[:500]).norm() for m in (teacher, student)]
+    # The head was adopted for the tokenizer's tokens and then trained; the padded rows are the student's.
+    tokens = len(AutoTokenizer.from_pretrained(run / "final"))
+    assert model.lm_head.weight[tokens:].equal(student.lm_head.weight[tokens:])
+    drift = [(model.lm_head.weight[:tokens] - m.lm_head.weight[:tokens]).norm() for m in (teacher, student)]
     assert 0 < drift[0] < drift[1]
 
     metrics = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
@@ -183,7 +184,8 @@ def test_lora_trains_adapters_and_leaves_a_plain_model(recipe, tmp_path, checkpo
     ours, student, teacher = (weights_of(p) for p in (final, checkpoints / "student", checkpoints / "teacher"))
     changed = {name for name in student if not torch.equal(ours[name], student[name])}
     assert changed == {n for n in student if "q_proj.weight" in n or "up_proj.weight" in n} | {"lm_head.weight"}
-    assert ours["lm_head.weight"][:500].equal(teacher["lm_head.weight"][:500])  # adopted, and frozen under LoRA
+    tokens = len(AutoTokenizer.from_pretrained(final))
+    assert ours["lm_head.weight"][:tokens].equal(teacher["lm_head.weight"][:tokens])  # adopted, and frozen under LoRA
 
 
 def test_resume_continues_where_it_was(recipe, tmp_path):
