@@ -233,6 +233,15 @@ def test_bf16_keeps_losses_in_float32(recipe, tmp_path):
     assert low["loss/logit"] == pytest.approx(high["loss/logit"], rel=0.05)
 
 
+def test_under_bf16_the_students_own_weights_are_no_distance(recipe, tmp_path, checkpoints):
+    """The teacher takes the student's dtype: in pure bf16 its rounding alone would be something to learn."""
+    own = ["--teacher_model_name_or_path", str(checkpoints / "student"), "--bf16", "true", "--max_steps", "1"]
+    assert main(["train", "--config", str(recipe), *own]) == 0
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["loss/representation"] < 1e-9
+    assert row["cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

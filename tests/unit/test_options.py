@@ -1,0 +1,31 @@
+"""The table behind ``--help`` says what the config and the functions take."""
+
+from dataclasses import fields
+
+from oprd import OPRDConfig
+from oprd.training.options import CHOICES, HELP
+
+
+def test_every_option_is_explained_and_every_choice_an_option():
+    own = {field.name: field for field in fields(OPRDConfig)}
+    assert set(HELP) - {"resume"} <= set(own)
+    assert set(CHOICES) <= set(HELP)
+    for name, allowed in CHOICES.items():
+        assert own[name].default in allowed
+        assert len(set(allowed)) == len(allowed)
+    for name in set(HELP) - {"resume"}:
+        assert own[name].metadata["help"] % {} == HELP[name]  # as argparse will print it
+
+
+def test_choices_agree_with_the_functions_that_take_them():
+    from oprd.objectives import REPRESENTATION_KINDS
+    from oprd.objectives.output_space import TOP_K_SUPPORTS
+    from oprd.objectives.reduction import REDUCTIONS
+    from oprd.objectives.selection import POSITION_SPECS
+    from oprd.states.views import STATE_AT
+
+    assert CHOICES["representation_loss"] == tuple(REPRESENTATION_KINDS)
+    assert CHOICES["top_k_support"] == TOP_K_SUPPORTS
+    assert CHOICES["reduction"] == REDUCTIONS
+    assert CHOICES["positions"] == POSITION_SPECS
+    assert CHOICES["state_at"] == STATE_AT
