@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import VOCAB, canned_trainer, logged, tiny_model
+from tiny import VOCAB, canned_trainer, logged, tiny_model, tiny_tokenizer
 
 PLAIN = {"logit_weight": 0}
 WITH_LOGITS = {"logit_weight": 1}
@@ -98,3 +98,17 @@ def test_a_missing_answer_is_left_out_of_accuracy(tmp_path):
     inputs = [{"prompt": "ab", "answer": None}, {"prompt": "xyz", "answer": "5"}]
     trainer._generate_and_score_completions(inputs)
     assert trainer._metrics["train"]["accuracy"] == [0.0]
+
+
+def test_the_wrong_tokenizer_is_refused(tmp_path):
+    other = tiny_tokenizer()
+    other.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=r"different tokenizers.*'<new>' is None and 37"):
+        canned_trainer(tmp_path, trainer_kwargs={"teacher_processing_class": other})
+
+
+def test_a_teacher_that_ends_otherwise_is_refused(tmp_path):
+    other = tiny_tokenizer()
+    other.eos_token = "z"
+    with pytest.raises(ValueError, match="would never stop"):
+        canned_trainer(tmp_path, trainer_kwargs={"teacher_processing_class": other})
