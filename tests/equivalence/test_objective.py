@@ -7,7 +7,7 @@ import torch
 
 from oprd.models import head_of
 from oprd.objectives import position_weights, select_positions
-from oprd.states import same_tokens
+from oprd.states import make_rollout
 from oprd.training.objective import Objective, student_loss, teacher_states
 from tiny import VOCAB, reference_states, tiny_batch, tiny_model
 
@@ -94,7 +94,7 @@ def test_loss_and_gradients_equal_the_twin(case, tied, checkpointing):
     generated = batch["completion_mask"].bool()
     state_mask = select_positions(generated, "last_k", 3)
     output_mask = generated & (batch["completion_ids"] < objective.vocab_size)
-    rollout = same_tokens(
+    rollout = make_rollout(
         *batch.values(), state_weights_BC=position_weights(state_mask), output_weights_BC=position_weights(output_mask)
     )
     if checkpointing:
@@ -125,7 +125,7 @@ def test_a_batch_without_supervision_is_zero_with_a_live_graph(case):
     student, teacher = tiny_model(seed=0), tiny_model(seed=1)
     batch = tiny_batch()
     nothing = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
-    rollout = same_tokens(*batch.values(), state_weights_BC=nothing, output_weights_BC=nothing)
+    rollout = make_rollout(*batch.values(), state_weights_BC=nothing, output_weights_BC=nothing)
     loss, _, _ = student_loss(objective, student, teacher, rollout, teacher_states(objective, teacher, rollout))
     assert loss.item() == 0
     for name, gradient in gradients(student, loss).items():
@@ -137,7 +137,7 @@ def test_logged_cosine_entropy_and_overlap_are_means_over_positions():
     student, teacher, batch = tiny_model(seed=0), tiny_model(seed=1), tiny_batch()
     objective = CASES["composite"]
     weights = position_weights(batch["completion_mask"])
-    rollout = same_tokens(*batch.values(), state_weights_BC=weights, output_weights_BC=weights)
+    rollout = make_rollout(*batch.values(), state_weights_BC=weights, output_weights_BC=weights)
     _, _, sums = student_loss(objective, student, teacher, rollout, teacher_states(objective, teacher, rollout))
     cosines, entropies, overlaps = [], [], []
     for row in range(4):

@@ -21,18 +21,22 @@ def inputs():
 def test_chunks_equal_the_whole_with_gradients(inputs, kind, chunk_size):
     student, teacher, tokens, weights, (own, other) = inputs
     cost = {"full": lambda s, t, y: full_vocab_kl(s, t), "sampled": sampled_token}[kind]
+
+    def logged(s, t, y):
+        return cost(s, t, y), {"overlap": top_k_overlap(s, t)}
+
     terms = chunked_output_terms(
-        cost, student, teacher, tokens, weights, lambda h: h @ own.T, lambda h: h @ other.T, chunk_size
+        logged, student, teacher, [tokens], weights, lambda h: h @ own.T, lambda h: h @ other.T, chunk_size
     )
     p, q = student @ own.T, teacher @ other.T
     whole = (weights * cost(p, q, tokens)).sum()
     torch.testing.assert_close(terms.loss, whole)
     for ours, twin in zip(*(torch.autograd.grad(x, (student, own)) for x in (terms.loss, whole)), strict=True):
         torch.testing.assert_close(ours, twin)
-    torch.testing.assert_close(terms.value_sum, cost(p, q, tokens).sum().detach())
-    torch.testing.assert_close(terms.student_entropy_sum, entropy(p).sum())
-    torch.testing.assert_close(terms.teacher_entropy_sum, entropy(q).sum())
-    torch.testing.assert_close(terms.overlap_sum, top_k_overlap(p, q).sum())
+    twins = {"output_divergence": cost(p, q, tokens), "entropy/student": entropy(p), "overlap": top_k_overlap(p, q)}
+    assert terms.sums.keys() == twins.keys()
+    for name, twin in twins.items():
+        torch.testing.assert_close(terms.sums[name].double(), twin.detach().double().sum())
 
 
 def test_no_logits_wider_than_a_chunk_are_formed_and_the_log_is_not_recomputed(inputs):
@@ -43,7 +47,14 @@ def test_no_logits_wider_than_a_chunk_are_formed_and_the_log_is_not_recomputed(i
         return lambda h: seen[role].append(len(h)) or h @ head.T
 
     terms = chunked_output_terms(
-        sampled_token, student, teacher, tokens, weights, project("student", own), project("teacher", other), 4
+        lambda *rows: (sampled_token(*rows), {}),
+        student,
+        teacher,
+        [tokens],
+        weights,
+        project("student", own),
+        project("teacher", other),
+        4,
     )
     assert seen == {"student": [4, 4, 3], "teacher": [4, 4, 3]}
     terms.loss.backward()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from oprd.objectives import position_weights, select_positions
-from oprd.states import same_tokens
+from oprd.states import make_rollout
 from oprd.states.views import close_gaps
 from tiny import tiny_batch
 
@@ -10,7 +10,7 @@ from tiny import tiny_batch
 def rollout_of(batch, *, state_mask=None, output_mask=None, **kwargs):
     generated = batch["completion_mask"].bool()
     weights = [position_weights(generated if mask is None else mask) for mask in (state_mask, output_mask)]
-    return same_tokens(*batch.values(), state_weights_BC=weights[0], output_weights_BC=weights[1], **kwargs)
+    return make_rollout(*batch.values(), state_weights_BC=weights[0], output_weights_BC=weights[1], **kwargs)
 
 
 def test_close_gaps_keeps_order_and_drops_empty_columns():

@@ -1,13 +1,15 @@
-"""Make the miniature's student and teacher again, from a fixed seed, by supervised training.
+"""Make the miniature's models again, from fixed seeds, by supervised training.
 
-One run of a 2,000-step cosine schedule gives both: the weights after 850 steps are the student, after 1,200 the teacher.
-They share an origin, and the teacher's LM head has moved away from the student's by a fifth.
+One run of a 2,000-step cosine schedule gives student and teacher: the weights after 850 and 1,200 steps. They share an
+origin, and the teacher's LM head has moved away from the student's by a fifth. Two more runs, each from a seed of its own,
+give a teacher of another shape and a student with another tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from oprd.miniature.task import (
@@ -21,12 +23,28 @@ from oprd.miniature.task import (
     validation,
 )
 
-SEED, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, SCHEDULE_STEPS = 0, 64, 3e-3, 50, 2000
-STUDENT_STEP, TEACHER_STEP = 850, 1200
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, SCHEDULE_STEPS = 64, 3e-3, 50, 2000
 TRAIN_SEED, NUM_TRAIN = 1, 4096
 
 
-def build_model(tokenizer, *, seed: int = SEED, num_layers: int = 4, width: int = 64, tied: bool = False):
+@dataclass(frozen=True)
+class Run:
+    """One supervised run; ``saved`` says after which step the weights are which model."""
+
+    saved: dict[int, str]
+    seed: int
+    shape: dict[str, int] = field(default_factory=dict)
+    digits: bool = False
+
+
+RUNS = (
+    Run({850: "student", 1200: "teacher"}, seed=0),
+    Run({1250: "wide-teacher"}, seed=1, shape={"num_layers": 6, "width": 96}),
+    Run({500: "digit-student"}, seed=2, digits=True),
+)
+
+
+def build_model(tokenizer, *, seed: int = 0, num_layers: int = 4, width: int = 64, tied: bool = False):
     """A freshly initialised Qwen3 of ``num_layers`` x ``width`` for the miniature's tokenizer (float32)."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -70,22 +88,27 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
 
 
 def rebuild(directory: Path, *, announce=print) -> None:
-    """Train from scratch and write ``student/``, ``teacher/`` and the problem sets under ``directory`` (minutes)."""
-    import torch
-    from tqdm.auto import tqdm
-    from transformers import get_cosine_schedule_with_warmup
-
+    """Train from scratch and write the models and the problem sets under ``directory`` (a quarter of an hour)."""
     directory.mkdir(parents=True, exist_ok=True)
     write_problems(directory / "train.jsonl", training_problems(NUM_TRAIN, TRAIN_SEED))
     write_problems(directory / "validation.jsonl", validation())
     write_problems(directory / "test.jsonl", held_out())
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    for run in RUNS:
+        _supervise(run, directory, announce)
+
+
+def _supervise(run: Run, directory: Path, announce) -> None:
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import get_cosine_schedule_with_warmup
+
+    tokenizer = build_tokenizer(digits=run.digits)
+    model = build_model(tokenizer, seed=run.seed, **run.shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, SCHEDULE_STEPS)
-    rng = random.Random(SEED)
+    rng = random.Random(run.seed)
     model.train()
-    for step in tqdm(range(1, TEACHER_STEP + 1), desc="supervised training", unit="step"):
+    for step in tqdm(range(1, max(run.saved) + 1), desc=f"training {', '.join(run.saved.values())}", unit="step"):
         ids, labels = _batch(tokenizer, rng)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
@@ -93,8 +116,7 @@ def rebuild(directory: Path, *, announce=print) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step in (STUDENT_STEP, TEACHER_STEP):
-            name = "student" if step == STUDENT_STEP else "teacher"
-            model.save_pretrained(directory / name)
-            tokenizer.save_pretrained(directory / name)
-            announce(f"{name}: step {step}, loss {loss.item():.4f}, saved to {directory / name}")
+        if step in run.saved:
+            model.save_pretrained(directory / run.saved[step])
+            tokenizer.save_pretrained(directory / run.saved[step])
+            announce(f"{run.saved[step]}: step {step}, loss {loss.item():.4f}")

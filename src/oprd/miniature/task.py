@@ -9,7 +9,8 @@ import random
 from functools import cache
 
 MIN_TERMS, MAX_TERMS = 4, 8
-MAX_RESPONSE_TOKENS = 44
+MAX_RESPONSE_TOKENS = 44  # of the tokenizer in which a number is one token; 56 where every digit is one
+MAX_RESPONSE_DIGITS = 56
 HELD_OUT_SEED, NUM_HELD_OUT = 999, 256
 VALIDATION_SEED, NUM_VALIDATION = 998, 64
 
@@ -68,13 +69,14 @@ def training_problems(count: int, seed: int) -> list[Problem]:
     return [training_problem(rng) for _ in range(count)]
 
 
-def build_tokenizer():
-    """A BPE tokenizer in which every two-digit number and ``\\boxed{`` is one token."""
+def build_tokenizer(*, digits: bool = False):
+    """A BPE tokenizer in which every two-digit number (with ``digits`` every digit) and ``\\boxed{`` is one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|\\boxed\{|."), "isolated")
+    numbers = "" if digits else r"\d+|"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(numbers + r"\\boxed\{|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     corpus = [f"{value:02d}+{term}-{term}=?\\boxed{{{value:02d}}}" for value in range(100) for term in range(10)]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>"], show_progress=False)

@@ -6,7 +6,7 @@ Positions are projected a chunk at a time and the chunk is recomputed in the bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,17 +16,15 @@ from torch.utils.checkpoint import checkpoint
 OVERLAP_K = 16
 
 Project = Callable[[Tensor], Tensor]  # [n, d] -> [n, V]
-PerPosition = Callable[[Tensor, Tensor, Tensor], Tensor]  # student logits, teacher logits, tokens -> [n]
+Log = dict[str, Tensor]  # unreduced [n] before, sums after; no gradient
+PerPosition = Callable[..., tuple[Tensor, Log]]  # student logits, teacher logits, *row data -> cost [n] and what to log
 
 
 class OutputTerms(NamedTuple):
-    """Weighted sum of the objective, and unweighted sums over positions for the log (no gradient)."""
+    """Weighted sum of the objective, and unweighted sums over positions for the log."""
 
     loss: Tensor
-    value_sum: Tensor
-    student_entropy_sum: Tensor
-    teacher_entropy_sum: Tensor
-    overlap_sum: Tensor
+    sums: Log
 
 
 @torch.no_grad()
@@ -48,35 +46,37 @@ def chunked_output_terms(
     per_position: PerPosition,
     student_Nd: Tensor,
     teacher_Nd: Tensor,
-    tokens_N: Tensor,
+    rows: Sequence[Tensor],
     weights_N: Tensor,
     project_student: Project,
     project_teacher: Project,
     chunk_size: int = 1024,
 ) -> OutputTerms:
-    """Sum of ``weight * per_position(student logits, teacher logits, token)`` over N positions.
+    """Sum of ``weight * per_position(student logits, teacher logits, *rows)`` over N positions.
 
-    ``N = 0`` gives 0 with a live graph, so a process without supervised positions still takes part in the backward.
+    ``rows`` are tensors ``[N, ...]`` that go with each position (its sampled token, ...). ``N = 0`` gives 0 with a live
+    graph, so a process without supervised positions still takes part in the backward.
     """
 
-    def one_chunk(student_nd: Tensor, teacher_nd: Tensor, tokens_n: Tensor, weights_n: Tensor) -> tuple[Tensor, ...]:
+    def one_chunk(student_nd: Tensor, teacher_nd: Tensor, weights_n: Tensor, *rows_n: Tensor) -> tuple[Tensor, Log]:
         student_nV = project_student(student_nd)
         with torch.no_grad():
             teacher_nV = project_teacher(teacher_nd)
-        values_n = per_position(student_nV, teacher_nV, tokens_n)
-        loss = (
-            weights_n * values_n
-        ).sum()  # before the log: recomputation stops at the last tensor that backward needs
-        log = (values_n.detach(), entropy(student_nV), entropy(teacher_nV), top_k_overlap(student_nV, teacher_nV))
-        return loss, *(term.sum() for term in log)
+        values_n, log = per_position(student_nV, teacher_nV, *rows_n)
+        loss = (weights_n * values_n).sum()
+        # The log comes last: recomputation stops at the last tensor that backward needs.
+        log = {"output_divergence": values_n, "entropy/student": entropy(student_nV), **log}
+        return loss, {name: value.detach().float().sum() for name, value in log.items()}
 
     chunks = [
         checkpoint(
             one_chunk,
-            *(tensor[start : start + chunk_size] for tensor in (student_Nd, teacher_Nd, tokens_N, weights_N)),
+            *(tensor[start : start + chunk_size] for tensor in (student_Nd, teacher_Nd, weights_N, *rows)),
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for start in range(0, max(len(tokens_N), 1), chunk_size)
+        for start in range(0, max(len(weights_N), 1), chunk_size)
     ]
-    return OutputTerms(*(torch.stack(term).sum() for term in zip(*chunks, strict=True)))
+    losses, logs = zip(*chunks, strict=True)
+    sums = {name: torch.stack([log[name] for log in logs]).sum() for name in logs[0]}
+    return OutputTerms(torch.stack(losses).sum(), sums)

@@ -1,6 +1,23 @@
 """Where hidden states come from: what each model reads, which positions pair up, and the forward that visits them."""
 
+from oprd.states.alignment import align_ends
 from oprd.states.capture import visit_states
-from oprd.states.views import PositionPairs, Reading, Rollout, same_tokens
+from oprd.states.crossing import Crossing
+from oprd.states.prefixes import PrefixIndex
+from oprd.states.views import PositionPairs, Reading, Rollout, TeacherText, make_rollout
+from oprd.states.vocabulary import Vocabulary, token_byte_ends, vocabulary_of
 
-__all__ = ["PositionPairs", "Reading", "Rollout", "same_tokens", "visit_states"]
+__all__ = [
+    "Crossing",
+    "PositionPairs",
+    "PrefixIndex",
+    "Reading",
+    "Rollout",
+    "TeacherText",
+    "Vocabulary",
+    "align_ends",
+    "make_rollout",
+    "token_byte_ends",
+    "visit_states",
+    "vocabulary_of",
+]

@@ -20,7 +20,7 @@ from oprd import models
 from oprd._compat import RepeatSampler, create_model_from_path, is_vllm_available, prepare_deepspeed
 from oprd.evaluation import grade
 from oprd.objectives import position_weights, select_positions
-from oprd.states import Rollout, same_tokens
+from oprd.states import Rollout, make_rollout
 from oprd.training import heads, preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.meters import Meters, Stopwatch
@@ -261,7 +261,7 @@ class OPRDTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Teacher, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
         self._begin_memory_watch()
-        rollout = same_tokens(
+        rollout = make_rollout(
             inputs["prompt_ids"],
             inputs["prompt_mask"],
             inputs["completion_ids"],

@@ -1,0 +1,7 @@
+"""Linear maps between models of different shape, origin or tokenizer: fitted in closed form, frozen, kept with a report."""
+
+from oprd.bridge.bridge import Bridge
+from oprd.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
+from oprd.bridge.fit import BridgeFitter
+
+__all__ = ["Bridge", "BridgeFitter", "model_fingerprint", "tokenizer_fingerprint"]

@@ -1,0 +1,137 @@
+"""The teacher's vocabulary sorted by bytes, in which "all tokens that start with these bytes" is a range: a trie, flat.
+
+Built once for a pair of tokenizers; what each residue adds is computed when it first appears and kept.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oprd.objectives.prefix_marginal import PrefixTable
+from oprd.states.crossing import Crossing
+
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]  # student tokens, rising; low; high
+
+
+def _after(prefix: bytes) -> bytes | None:
+    """The least byte string above everything that starts with ``prefix``; None if there is none."""
+    head = prefix.rstrip(b"\xff")
+    return head[:-1] + bytes([head[-1] + 1]) if head else None
+
+
+class PrefixIndex:
+    """Ranges of the teacher's tokens for (residue, student token).
+
+    Args:
+        crossing: the pair of vocabularies and which special tokens mean the same.
+    """
+
+    def __init__(self, crossing: Crossing) -> None:
+        student, teacher = crossing.student, crossing.teacher
+        atoms = crossing.meanings
+        ordinary = [index for index in range(teacher.size) if teacher.tokens[index]]
+        ordinary.sort(key=teacher.tokens.__getitem__)
+        self._sorted = [teacher.tokens[index] for index in ordinary]
+        # Special tokens have no bytes to be found by: each gets a place of its own behind the others.
+        apart = sorted({atom for atom in atoms.values() if atom is not None and not teacher.tokens[atom]})
+        apart += [index for index in sorted(teacher.special) if index not in apart and index < teacher.size]
+        self.order = np.array([*ordinary, *apart], dtype=np.int64)
+        place = {int(index): rank for rank, index in enumerate(self.order)}
+        self._atoms = {
+            own: (place[atom], place[atom] + 1) for own, atom in atoms.items() if atom is not None and own < student.size
+        }
+        self._by_bytes = {text: index for text, index in student.ids_by_bytes.items() if index not in atoms}
+        self.size = student.size
+        self._student_order(student.tokens)
+        self._residues: dict[bytes, int] = {b"": 0}
+        self._names: list[bytes] = [b""]
+        self._entries: dict[int, Entries] = {}
+        self._bounds: dict[int, tuple[int, int]] = {}
+        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _student_order(self, tokens: Sequence[bytes]) -> None:
+        """Rank of every student token by bytes, and the last rank of those that extend it."""
+        ordered = sorted(range(self.size), key=lambda index: (tokens[index], self._by_bytes.get(tokens[index]) != index))
+        texts = [tokens[index] for index in ordered]
+        self.rank, self.last = np.zeros(self.size, dtype=np.int64), np.zeros(self.size, dtype=np.int64)
+        for rank, index in enumerate(ordered):
+            self.rank[index] = self.last[index] = rank
+            if texts[rank]:
+                above = _after(texts[rank])
+                self.last[index] = (len(texts) if above is None else bisect_left(texts, above, rank)) - 1
+
+    def span(self, prefix: bytes) -> tuple[int, int]:
+        """The range of teacher tokens that start with ``prefix``; empty bytes mean every token."""
+        if not prefix:
+            return 0, len(self.order)
+        above = _after(prefix)
+        low = bisect_left(self._sorted, prefix)
+        return low, len(self._sorted) if above is None else bisect_left(self._sorted, above, low)
+
+    def of_token(self, index: int) -> tuple[int, int]:
+        """The range that holds one teacher token alone."""
+        if not hasattr(self, "_place"):
+            self._place = {int(token): rank for rank, token in enumerate(self.order)}
+        rank = self._place[index]
+        return rank, rank + 1
+
+    def residue(self, text: bytes) -> int:
+        """The number of a residue; 0 is none."""
+        if text not in self._residues:
+            self._residues[text] = len(self._names)
+            self._names.append(text)
+        return self._residues[text]
+
+    def entries(self, residue: int) -> Entries:
+        """Every student token that one teacher token can say after the residue, with its range."""
+        if residue not in self._entries:
+            prefix = self._names[residue]
+            self._bounds[residue] = self.span(prefix)
+            found = self._first_entries() if not prefix else self._entries_after(prefix)
+            tokens = sorted(found)
+            ranges = np.array([found[token] for token in tokens], dtype=np.int64).reshape(-1, 2)
+            self._entries[residue] = np.array(tokens, dtype=np.int64), ranges[:, 0], ranges[:, 1]
+        return self._entries[residue]
+
+    def _first_entries(self) -> dict[int, tuple[int, int]]:
+        spans = ((token, self.span(text)) for text, token in self._by_bytes.items())
+        return {token: span for token, span in spans if span[1] > span[0]} | self._atoms
+
+    def _entries_after(self, prefix: bytes) -> dict[int, tuple[int, int]]:
+        """By the few tokens that start with the prefix rather than by all of the student's."""
+        low, high = self.span(prefix)
+        found: dict[int, tuple[int, int]] = {}
+        for rank in range(low, high):
+            text = self._sorted[rank]
+            for end in range(len(prefix) + 1, len(text) + 1):
+                token = self._by_bytes.get(text[len(prefix) : end])
+                if token is not None:
+                    found[token] = (found[token][0] if token in found else rank, rank + 1)
+        return found
+
+    def table(self, residues: Sequence[int], device: torch.device | str = "cpu") -> PrefixTable:
+        """The table of a batch: row i is ``residues[i]``."""
+        device = torch.device(device)
+        parts, bounds = [], []
+        for row, residue in enumerate(residues):
+            if (residue, device) not in self._on_device:
+                arrays = (torch.from_numpy(array).to(device) for array in self.entries(residue))
+                self._on_device[residue, device] = tuple(arrays)
+            tokens, low, high = self._on_device[residue, device]
+            parts.append((tokens + row * self.size, low, high))
+            bounds.append(self._bounds[residue])
+        keys, low, high = (torch.cat(column) for column in zip(*parts, strict=True))
+        if not len(keys):  # nothing can be said: keep one entry that nobody asks for
+            keys, low, high = keys.new_full((1,), -1), low.new_zeros(1), high.new_zeros(1)
+        spans = torch.tensor(bounds, dtype=torch.long, device=device).reshape(-1, 2)
+        if not hasattr(self, "_order_on"):
+            self._order_on: dict[torch.device, tuple[Tensor, ...]] = {}
+        if device not in self._order_on:
+            self._order_on[device] = tuple(torch.from_numpy(a).to(device) for a in (self.order, self.rank, self.last))
+        order, rank, last = self._order_on[device]
+        return PrefixTable(order, keys, low, high, spans[:, 0], spans[:, 1], rank, last)
