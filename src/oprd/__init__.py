@@ -6,13 +6,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oprd.bridge import Bridge
     from oprd.training.config import OPRDConfig
     from oprd.training.trainer import OPRDTrainer
 
 __version__ = version("oprd")
-__all__ = ["OPRDConfig", "OPRDTrainer", "__version__"]
+__all__ = ["Bridge", "OPRDConfig", "OPRDTrainer", "__version__"]
 
-_HOMES = {"OPRDConfig": "oprd.training.config", "OPRDTrainer": "oprd.training.trainer"}
+_HOMES = {
+    "Bridge": "oprd.bridge",
+    "OPRDConfig": "oprd.training.config",
+    "OPRDTrainer": "oprd.training.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

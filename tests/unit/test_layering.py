@@ -21,7 +21,7 @@ ALLOWED = {
     "miniature": {"objectives", "models", "states", "evaluation", "bridge", "training", "insight"},
     "cli": {"training", "insight", "miniature"},
     "__main__": {"cli"},
-    "__init__": {"training"},
+    "__init__": {"bridge", "training"},
 }
 # Pure files: no transformers, no config object. (standard library aside)
 PURE = {

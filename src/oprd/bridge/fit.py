@@ -52,7 +52,9 @@ class BridgeFitter:
                     f"{side}, layer {layer}: expected [n, {width}], got {list(rows.shape)}. States are [layers, n, d]."
                 )
             if not bool(torch.isfinite(rows).all()):
-                raise ValueError(f"{side}, layer {layer}: states hold NaN or infinity; one such row would spoil the sums.")
+                raise ValueError(
+                    f"{side}, layer {layer}: states hold NaN or infinity; one such row would spoil the sums."
+                )
 
     def update(
         self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], *, held_out: bool = False
@@ -162,12 +164,15 @@ class BridgeFitter:
             "variance_explained": {("with" if choice else "without"): value for choice, value in weighted.items()},
         }
         report |= facts or {}
-        stack = [torch.stack(parts).float() for parts in zip(*((s.student_map[:taken], s.directions[:taken]) for s in solutions))]
+        maps, directions = (
+            torch.stack([getattr(solution, part)[:taken] for solution in solutions]).float()
+            for part in ("student_map", "directions")
+        )
         return Bridge(
             self.layer_map,
-            stack[0],
+            maps,
             torch.stack([s.student_mean for s in solutions]).float() if best else None,
-            stack[1],
+            directions,
             torch.stack([s.teacher_mean for s in solutions]).float(),
             report=report,
         )

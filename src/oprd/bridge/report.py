@@ -83,6 +83,17 @@ def cosine_by_rank(solutions: Sequence[LayerSolution], sample: Sample, highest: 
     return dict(zip(ranks, torch.tensor(layers).mean(0).tolist(), strict=True))
 
 
+def layer_scores(solution: LayerSolution, held_out: Moments, sample: Sample, index: int, rank: int) -> dict[str, float]:
+    """Held-out cosine and share of variance explained by the first ``rank`` directions, for the layer at ``index``."""
+    rank = min(rank, len(solution.variance))
+    share = solution.variance[:rank] / solution.variance[:rank].sum().clamp(min=1e-30)
+    projected = _projected(solution, sample.student[index], sample.teacher[index])
+    return {
+        "cosine": _cosines(*projected, [rank])[0],
+        "explained": float((share * solution.r_squared(held_out)[:rank]).sum()),
+    }
+
+
 def build_report(
     solutions: Sequence[LayerSolution],
     train: Sequence[Moments],

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # the least share of the teacher's mass a token is taken to have: log q stays finite
-LEAST_RESIDUE_MASS = 1e-4  # below, the teacher holds what the student wrote for impossible and has no say on what follows
+LEAST_RESIDUE_MASS = (
+    1e-4  # below, the teacher holds what the student wrote for impossible and has no say on what follows
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def _ancestor(tokens_nK: Tensor, can_nK: Tensor, table: PrefixTable) -> Tensor:
     """For every support token, the column of the longest other one that is a prefix of it and can hold mass; else -1."""
     rank, last = table.rank_V[tokens_nK], table.last_V[tokens_nK]
     extends = (rank.unsqueeze(2) > rank.unsqueeze(1)) & (rank.unsqueeze(2) <= last.unsqueeze(1))  # [n, token, prefix]
-    depth = torch.where(extends & can_nK.unsqueeze(1), rank.unsqueeze(1), -1)  # of nested prefixes the longest sorts last
+    depth = torch.where(
+        extends & can_nK.unsqueeze(1), rank.unsqueeze(1), -1
+    )  # of nested prefixes the longest sorts last
     deepest, column = depth.max(dim=2)
     return torch.where(deepest >= 0, column, -1)
 

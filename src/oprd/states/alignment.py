@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def align_ends(student_ends: Sequence[int], teacher_ends: Sequence[int]) -> list[tuple[int, int]]:
@@ -19,7 +20,7 @@ def align_ends(student_ends: Sequence[int], teacher_ends: Sequence[int]) -> list
         ValueError: offsets that fall.
     """
     for side, ends in (("student", student_ends), ("teacher", teacher_ends)):
-        if any(later < earlier for earlier, later in zip(ends, ends[1:], strict=False)):
+        if any(later < earlier for earlier, later in pairwise(ends)):
             raise ValueError(f"{side}_ends must never fall; they are byte offsets after each token.")
     pairs, i, j = [], 0, 0
     while i < len(student_ends) and j < len(teacher_ends):

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd.states.vocabulary import Vocabulary, vocabulary_of
+from oprd.states.vocabulary import vocabulary_of
 
 NOWHERE = -1
 

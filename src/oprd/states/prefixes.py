@@ -43,7 +43,9 @@ class PrefixIndex:
         self.order = np.array([*ordinary, *apart], dtype=np.int64)
         place = {int(index): rank for rank, index in enumerate(self.order)}
         self._atoms = {
-            own: (place[atom], place[atom] + 1) for own, atom in atoms.items() if atom is not None and own < student.size
+            own: (place[atom], place[atom] + 1)
+            for own, atom in atoms.items()
+            if atom is not None and own < student.size
         }
         self._by_bytes = {text: index for text, index in student.ids_by_bytes.items() if index not in atoms}
         self.size = student.size
@@ -56,7 +58,9 @@ class PrefixIndex:
 
     def _student_order(self, tokens: Sequence[bytes]) -> None:
         """Rank of every student token by bytes, and the last rank of those that extend it."""
-        ordered = sorted(range(self.size), key=lambda index: (tokens[index], self._by_bytes.get(tokens[index]) != index))
+        ordered = sorted(
+            range(self.size), key=lambda index: (tokens[index], self._by_bytes.get(tokens[index]) != index)
+        )
         texts = [tokens[index] for index in ordered]
         self.rank, self.last = np.zeros(self.size, dtype=np.int64), np.zeros(self.size, dtype=np.int64)
         for rank, index in enumerate(ordered):

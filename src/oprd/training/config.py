@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig
 
+from oprd.bridge import Bridge
 from oprd.training.objective import Objective
 from oprd.training.options import CHOICES, HELP
 
@@ -36,7 +37,9 @@ class OPRDConfig(DistillationConfig):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or their share of the run if below 1."})
 
     representation_weight: float = _option("representation_weight", 1.0)
-    representation_loss: str = _option("representation_loss", "mse")
+    representation_loss: str | None = _option("representation_loss", None)
+    bridge: str | None = _option("bridge", None)
+    min_paired_share: float = _option("min_paired_share", 0.2)
     layers: str = _option("layers", "all")
     positions: str = _option("positions", "all")
     position_k: int = _option("position_k", 2000)
@@ -49,6 +52,8 @@ class OPRDConfig(DistillationConfig):
     top_k_renormalize: bool = _option("top_k_renormalize", True)
     reduction: str = _option("reduction", "sequence")
     lm_head: str = _option("lm_head", "auto")
+    trainable: str = _option("trainable", "all")
+    eos_token: str | None = _option("eos_token", None)
     responses_per_prompt: int = _option("responses_per_prompt", 1)
     max_prompt_length: int | None = _option("max_prompt_length", None)
 
@@ -63,11 +68,14 @@ class OPRDConfig(DistillationConfig):
 
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            is_open = name == "representation_loss" and self.representation_loss is None
+            if getattr(self, name) not in allowed and not is_open:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         for name in ("representation_weight", "logit_weight", "output_weight"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")
+        if not 0 <= self.min_paired_share <= 1:
+            raise ValueError(f"min_paired_share must lie in 0..1, got {self.min_paired_share}.")
         for name in ("position_k", "output_top_k", "responses_per_prompt", "max_prompt_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -92,6 +100,17 @@ class OPRDConfig(DistillationConfig):
         self._refuse_ignored(
             self.output_loss != "top_k", ignored, output_top_k=16, top_k_support="student", top_k_renormalize=True
         )
+        self._refuse_ignored(
+            not self.representation_weight,
+            "representation_weight is 0",
+            bridge=None,
+            representation_loss=None,
+            min_paired_share=0.2,
+        )
+        if self.trainable == "head" and self.output_loss == "none" and not self.logit_weight:
+            raise ValueError("trainable: head needs a term that reaches the LM head: set output_loss or logit_weight.")
+        if self.trainable == "head" and self.lm_head == "freeze":
+            raise ValueError("trainable: head and lm_head: freeze leave nothing to train.")
         takes_k = self.positions in ("first_k", "last_k")
         self._refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
 
@@ -112,20 +131,35 @@ class OPRDConfig(DistillationConfig):
                 "(per_device_train_batch_size x gradient_accumulation_steps x processes)."
             )
 
-    def objective(self, *, layers: list[int], num_layers: int, vocab_size: int, head_adopted: bool) -> Objective:
-        """The objective in plain values, for models of ``num_layers`` that share ``vocab_size`` tokens.
+    def objective(
+        self,
+        *,
+        layers: list[int],
+        num_layers: int,
+        vocab_size: int,
+        head_adopted: bool,
+        bridge: Bridge | None = None,
+        teacher_vocab_size: int | None = None,
+    ) -> Objective:
+        """The objective in plain values, for models of ``num_layers`` and ``vocab_size`` tokens (``teacher_vocab_size``
+        where the teacher has others).
 
         Settles an open ``logit_weight``: a student whose states move towards the teacher's under its own head needs a term
-        that moves the head along (docs/results.md), unless it adopted the teacher's or an output loss trains it.
+        that moves the head along (docs/results.md), unless it adopted the teacher's or an output loss trains it. Through a
+        bridge the states say nothing about the head's own basis, and the weight stays 0.
         """
         output = self.output_loss != "none" and self.output_weight > 0
-        needed = self.representation_weight > 0 and not head_adopted and not output
-        shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)} - {"layers", "logit_weight"}
+        needed = self.representation_weight > 0 and not head_adopted and not output and bridge is None
+        shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)}
+        shared -= {"layers", "logit_weight", "bridge", "representation_loss"}
         return Objective(
             layers=tuple(layers),
             num_layers=num_layers,
             vocab_size=vocab_size,
             logit_weight=float(needed) if self.logit_weight is None else self.logit_weight,
+            representation_loss=self.representation_loss or ("mse" if bridge is None else "normalized_mse"),
+            bridge=bridge,
+            teacher_vocab_size=teacher_vocab_size,
             **{name: getattr(self, name) for name in shared},
         )
 

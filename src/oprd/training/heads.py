@@ -6,6 +6,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from oprd import models
+from oprd.bridge import Bridge
 from oprd.training.objective import Objective
 
 logger = get_logger(__name__)
@@ -28,8 +29,13 @@ def check_loaded(student: nn.Module, teacher: nn.Module, *, is_fsdp: bool) -> No
         raise ValueError("LoRA under FSDP cannot be merged into a model at the end. Use DDP or DeepSpeed ZeRO-2.")
 
 
-def adopt_or_keep(student: nn.Module, teacher: nn.Module, lm_head: str, vocab_size: int) -> tuple[str, str]:
+def adopt_or_keep(
+    student: nn.Module, teacher: nn.Module, lm_head: str, vocab_size: int, foreign: str | None = None
+) -> tuple[str, str]:
     """Settle ``lm_head`` and, for ``teacher``, copy the teacher's head over the student's.
+
+    Args:
+        foreign: why the teacher's head could say nothing about the student's states (another basis, another vocabulary).
 
     Returns:
         ``teacher``, ``keep`` or ``freeze``, and in words what is known about the two heads.
@@ -39,6 +45,10 @@ def adopt_or_keep(student: nn.Module, teacher: nn.Module, lm_head: str, vocab_si
     """
     if lm_head == "freeze" and models.is_tied(student):
         raise ValueError("lm_head: freeze would freeze the input embeddings too: this student ties them. Use keep.")
+    if foreign:
+        if lm_head == "teacher":
+            raise ValueError(f"lm_head: teacher cannot be: {foreign}. Use lm_head: auto.")
+        return ("keep" if lm_head == "auto" else lm_head), foreign
     drift = models.head_drift(student, teacher, vocab_size)
     why = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
     if lm_head == "auto":
@@ -50,12 +60,19 @@ def adopt_or_keep(student: nn.Module, teacher: nn.Module, lm_head: str, vocab_si
     return lm_head, why
 
 
-def freeze_and_report(student: nn.Module, teacher: nn.Module, objective: Objective, lm_head: str, why: str) -> None:
-    """Switch off gradients that no loss reaches, and say what became of the head.
+def freeze_and_report(
+    student: nn.Module, teacher: nn.Module, objective: Objective, lm_head: str, why: str, *, head_alone: bool = False
+) -> None:
+    """Switch off gradients that no loss reaches (with ``head_alone`` all but the LM head's), and say what became of it.
 
     Raises:
-        ValueError: the head metric with a model that soft-caps its logits.
+        ValueError: the head metric with a model that soft-caps its logits; a tied head that should train alone.
     """
+    if head_alone:
+        if models.is_tied(student):
+            raise ValueError("trainable: head would train the input embeddings too: this student ties them.")
+        student.requires_grad_(False)
+        models.causal_lm(student).get_output_embeddings().requires_grad_(True)
     if objective.logit_weight and any(models.head_of(model).softcap for model in (student, teacher)):
         raise ValueError(
             "logit_weight needs linear logits, and these models soft-cap theirs. Set logit_weight: 0, and have the "
@@ -72,14 +89,33 @@ def freeze_and_report(student: nn.Module, teacher: nn.Module, objective: Objecti
         f"LM head: {how} ({why}); {'trained' if trained else 'not trained'}; logit_weight {objective.logit_weight:g}. "
         f"{frozen:,} parameters that no loss reaches are frozen."
     )
-    if lm_head != "teacher" and not trained and objective.representation_weight:
+    if lm_head != "teacher" and not trained and objective.representation_weight and objective.bridge is None:
         remedy = "Set lm_head: teacher" + ("." if objective.uses_head else ", or logit_weight: 1.")
         logger.warning(
             "The student keeps its own LM head and nothing trains it: where the teacher's differs, matching states may not "
             f"move accuracy. {remedy}"
         )
+    if objective.bridge is not None:
+        warn_of_harm(objective.bridge, trains_output=objective.uses_output)
     if lm_head == "teacher" and models.causal_lm(student) is not student:
         logger.warning(
             "The adopted LM head is in the base weights, which an adapter saved alone does not carry. Merge before you save: "
             "oprd.training.run.save_final(trainer, directory) does, and so does oprd train."
+        )
+
+
+def warn_of_harm(bridge: Bridge, *, trains_output: bool) -> None:
+    """Say so before a run whose bridge reads the teacher worse than the student reads itself."""
+    predicted = bridge.report.get("prediction")
+    if not predicted:
+        logger.warning("The bridge's report holds no prediction of whether it will help; oprd bridge fit makes one.")
+        return
+    own, mapped = predicted["student_agreement"], predicted["mapped_teacher_agreement"]
+    if mapped <= own:
+        logger.warning(
+            f"This bridge will probably do harm: mapped into the student's space, the teacher's states agree with the teacher's "
+            f"own choice of token at {mapped:.1%} of positions, the student already at {own:.1%}. What the map loses is more "
+            "than the student lacks. "
+            + ("Lower representation_weight" if trains_output else "Distil with output_loss: top_k or full instead")
+            + " (docs/results.md)."
         )

@@ -87,7 +87,9 @@ class Objective:
         if self.output_loss == "sampled":
             terms = prefix_sampled(student, teacher, *rows, table)
         else:
-            terms = prefix_kl(student, teacher, *rows, table, self.output_top_k if self.output_loss == "top_k" else None)
+            terms = prefix_kl(
+                student, teacher, *rows, table, self.output_top_k if self.output_loss == "top_k" else None
+            )
         return terms.cost, {
             "prefix/supervised": terms.supervised,
             "prefix/student_rest": terms.student_rest,

@@ -8,18 +8,27 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "top_k_support": ("student", "teacher", "union", "intersection"),
     "reduction": ("sequence", "token"),
     "lm_head": ("auto", "teacher", "keep", "freeze"),
+    "trainable": ("all", "head"),
 }
+
+THEN_HELP = "Settings of a second stage that starts from the first one's final model: a mapping in the recipe."
 
 HELP: dict[str, str] = {
     "representation_weight": "Weight of the hidden-state loss L_OPRD (Eq. 6); the mu of Eq. 7. 0 turns it off.",
-    "representation_loss": "Distance between hidden states: mse (Eq. 6), normalized_mse (Eq. 14), cosine.",
+    "representation_loss": "Distance between hidden states: mse (Eq. 6), normalized_mse (Eq. 14), cosine. By default mse, and "
+    "normalized_mse through a bridge.",
+    "bridge": "Folder of a fitted bridge (oprd bridge fit), needed where student and teacher differ in shape, origin or "
+    "tokenizer and states are compared; auto fits one into output_dir/bridge first.",
+    "min_paired_share": "With another tokenizer, the least share of the student's positions that must pair up with one of the "
+    "teacher's for states to be compared.",
     "layers": "Layers compared: all, last, even, odd, or numbers such as 4,8,12. Layers count from 1.",
     "positions": "Response positions whose states are compared: all, last, first_k, last_k.",
     "position_k": "The k of first_k and last_k. A shorter response keeps all of its positions.",
     "state_at": "predictive: the state that predicts a token; token: the state at the token itself.",
     "logit_weight": "Weight of exact full-vocabulary logit matching through d x d Gram matrices. By default 0, or 1 where "
-    "the student keeps an LM head that nothing else would train.",
-    "output_loss": "Next-token objective: none, sampled (Eq. 3), top_k (Eq. 5), full reverse KL (Eq. 4).",
+    "the student keeps an LM head that nothing else would train (never through a bridge).",
+    "output_loss": "Next-token objective: none, sampled (Eq. 3), top_k (Eq. 5), full reverse KL (Eq. 4). With another tokenizer "
+    "the teacher's side is summed over its own tokens (prefix marginals).",
     "output_weight": "Weight of the next-token objective.",
     "output_top_k": "The k of output_loss: top_k.",
     "top_k_support": "Whose top k: student, teacher, union, intersection.",
@@ -27,9 +36,20 @@ HELP: dict[str, str] = {
     "reduction": "sequence: mean over each response, then over responses (Eq. 6); token: mean over all positions.",
     "lm_head": "teacher: start from the teacher's LM head; keep: the student's own; freeze: its own, not trained; "
     "auto: teacher where heads are untied and of one shape, else keep.",
+    "trainable": "all: the whole student; head: its LM head alone, to calibrate it (needs an output loss, untied).",
+    "eos_token": "Token that ends the student's responses, where it is not its tokenizer's own (a base model taught by a chat "
+    "model).",
     "responses_per_prompt": "Responses sampled for each prompt of a step.",
     "max_prompt_length": "Drop prompts longer than this many tokens, and say how many.",
     "resume": "Continue from the newest checkpoint in output_dir, if there is one.",
+}
+
+BRIDGE_HELP: dict[str, str] = {
+    "bridge_rank": "Rank: a number, full, or auto (Theorem 3's rule on held-out rows).",
+    "bridge_prompts": "Prompts that the student answers, once each, for the fit.",
+    "bridge_held_out": "Share of prompts that take no part in the fit and fill the report.",
+    "bridge_ridge": "Ridge, relative to the student's mean variance.",
+    "bridge_controls": "Fit the controls too (shuffled pairs, random teacher, random student), at up to four layers.",
 }
 
 DATA_HELP: dict[str, str] = {

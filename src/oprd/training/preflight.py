@@ -9,25 +9,36 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from oprd.bridge import Bridge
 from oprd.objectives import select_layers
 
 logger = get_logger(__name__)
 
 NEEDS_BRIDGE = (
-    "Hidden states of different shapes need OPRD-Bridge, a fitted linear map, which this version does not have. Distil "
-    "without them: representation_weight: 0 with logit_weight: 1 or output_loss: full (these need the vocabulary only)."
+    "Their hidden states can be compared through a bridge only, a linear map fitted for the two: oprd bridge fit --config "
+    "RECIPE, then bridge: DIR (or bridge: auto for both at once). Or distil without states: representation_weight: 0 with "
+    "output_loss: top_k."
 )
+WHOLE_VOCABULARY = 512  # tokens up to which output_loss: full is affordable across tokenizers
+
+SAME, OTHER_PROMPT, OTHER_TOKENS = "same", "other prompt", "other tokens"
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the two configs settle: the student's layers that are compared, its depth, the shared vocabulary and the
-    shorter of the two contexts."""
+    """What the two configs settle: the student's layers that are compared, its depth and vocabulary, the teacher's
+    vocabulary where it is another, the shorter of the two contexts and the teacher's own."""
 
     layers: list[int]
     num_layers: int
     vocab_size: int
     context: int | None
+    teacher_vocab_size: int | None = None
+    teacher_context: int | None = None
+
+
+def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1  # ids may have holes
 
 
 def check_models(
@@ -37,58 +48,105 @@ def check_models(
     *,
     layers: str | list[int],
     compares_states: bool,
+    other_tokenizer: PreTrainedTokenizerBase | None = None,
+    bridge: Bridge | None = None,
 ) -> Shapes:
     """Width, depth and vocabulary.
 
     Padded vocabularies (151,936 against 152,064 rows for one tokenizer) are cut to the tokenizer's length.
 
+    Args:
+        other_tokenizer: the teacher's, where it has another vocabulary.
+        bridge: what states are compared through.
+
     Raises:
-        ValueError: shapes that cannot be compared, or a model with fewer embeddings than the tokenizer has tokens.
+        ValueError: shapes that cannot be compared, a bridge for other shapes, or a model with fewer embeddings than its
+            tokenizer has tokens.
     """
     student, teacher = student.get_text_config(), teacher.get_text_config()
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
-    for role, config in (("student", student), ("teacher", teacher)):
-        if config.vocab_size < vocab_size:
+    vocab_size = _vocabulary_size(tokenizer)
+    other_size = None if other_tokenizer is None else _vocabulary_size(other_tokenizer)
+    for role, config, size in (("student", student, vocab_size), ("teacher", teacher, other_size or vocab_size)):
+        if config.vocab_size < size:
             raise ValueError(
-                f"The {role} has {config.vocab_size} embeddings for a tokenizer whose ids go up to {vocab_size - 1}. "
-                f"Resize it with model.resize_token_embeddings({vocab_size}), or use the tokenizer that it was trained with."
+                f"The {role} has {config.vocab_size} embeddings for a tokenizer whose ids go up to {size - 1}. "
+                f"Resize it with model.resize_token_embeddings({size}), or use the tokenizer that it was trained with."
             )
     depths, widths = (
         [getattr(config, name) for config in (student, teacher)] for name in ("num_hidden_layers", "hidden_size")
     )
-    if compares_states and (depths[0] != depths[1] or widths[0] != widths[1]):
+    if bridge is not None:
+        _check_bridge_shapes(bridge, depths, widths)
+    elif compares_states and (depths[0] != depths[1] or widths[0] != widths[1]):
         raise ValueError(
             f"The student has {depths[0]} layers of width {widths[0]}, the teacher {depths[1]} of width {widths[1]}. "
             + NEEDS_BRIDGE
         )
+    elif compares_states and other_tokenizer is not None:
+        raise ValueError("Student and teacher have different tokenizers. " + NEEDS_BRIDGE)
     contexts = [getattr(config, "max_position_embeddings", None) for config in (student, teacher)]
-    context = min((size for size in contexts if size is not None), default=None)
-    return Shapes(select_layers(layers, depths[0]), depths[0], vocab_size, context)
+    shared = contexts if other_tokenizer is None else contexts[:1]  # lengths are counted in the student's tokens
+    context = min((size for size in shared if size is not None), default=None)
+    return Shapes(select_layers(layers, depths[0]), depths[0], vocab_size, context, other_size, contexts[1])
 
 
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompt: Any) -> None:
-    """One vocabulary, and the same rendering of a prompt.
-
-    Raises:
-        ValueError: the two tokenizers give the same id to different tokens.
-    """
-    own, other = student.get_vocab(), teacher.get_vocab()
-    if own != other:
-        examples = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))[:3]
-        shown = ", ".join(f"{token!r} is {own.get(token)} and {other.get(token)}" for token in examples)
+def _check_bridge_shapes(bridge: Bridge, depths: list[int], widths: list[int]) -> None:
+    found = (len(bridge.layer_map), bridge.student_dim, bridge.teacher_dim)
+    if found != (depths[0], *widths) or max(bridge.layer_map) > depths[1]:
         raise ValueError(
-            f"Student and teacher have different tokenizers ({len(own)} and {len(other)} tokens; {shown}). The teacher "
-            "would read other text than the student wrote. Use a teacher with the student's tokenizer."
+            f"The bridge is for a student of {found[0]} layers x {found[1]} and a teacher x {found[2]} with at least "
+            f"{max(bridge.layer_map)} layers; these are {depths[0]} x {widths[0]} and {depths[1]} x {widths[1]}. Fit one for "
+            "this pair with oprd bridge fit."
         )
+
+
+def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompt: Any) -> str:
+    """``same``; ``other prompt`` (one vocabulary, and a chat template that renders prompts differently); or ``other
+    tokens``."""
+    if student.get_vocab() != teacher.get_vocab():
+        return OTHER_TOKENS
     if isinstance(prompt, list) and teacher.chat_template and student.chat_template:
         renderings = [
             t.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for t in (student, teacher)
         ]
         if renderings[0] != renderings[1]:
-            logger.warning(
-                "The teacher's chat template renders prompts differently; it will read the student's rendering, which is "
-                f"not what it was trained on:\n  student: {renderings[0][:200]!r}\n  teacher: {renderings[1][:200]!r}"
-            )
+            return OTHER_PROMPT
+    return SAME
+
+
+def check_crossing(
+    args: Any, student_size: int, teacher: PreTrainedTokenizerBase, prompt: Any, has_tools: bool
+) -> None:
+    """Settings that make sense where the teacher has another vocabulary.
+
+    Raises:
+        ValueError: a setting that needs one vocabulary; a teacher that cannot read chat prompts or has no end token.
+    """
+    if args.logit_weight:
+        raise ValueError(
+            "logit_weight compares logits of one vocabulary, and the tokenizers differ. Use output_loss: top_k."
+        )
+    if args.top_k_support != "student" or not args.top_k_renormalize:
+        raise ValueError(
+            "top_k_support and top_k_renormalize have no meaning across tokenizers: the support is the student's top k with "
+            "the sampled token, and the rest is one event on both sides. Remove them."
+        )
+    if args.output_loss == "full" and student_size > WHOLE_VOCABULARY:
+        raise ValueError(
+            f"output_loss: full across tokenizers compares every pair of the student's {student_size} tokens at every position "
+            f"(at most {WHOLE_VOCABULARY}). Use output_loss: top_k."
+        )
+    if has_tools:
+        raise ValueError(
+            "tools need one tokenizer: a teacher with another would read the student's rendering of results."
+        )
+    if isinstance(prompt, list) and not teacher.chat_template:
+        raise ValueError(
+            "Prompts are chat messages but the teacher's tokenizer has no chat template. Set its chat_template and save it, "
+            "or give prompts as text."
+        )
+    if teacher.eos_token_id is None:
+        raise ValueError("The teacher's tokenizer has no end token. Set its eos_token and save it.")
 
 
 def check_end_tokens(
@@ -112,8 +170,7 @@ def check_end_tokens(
         ]
         raise ValueError(
             f"The student's responses end with {names[0]}, the teacher's with {names[1]}. Taught by this teacher the student "
-            "would never stop. Add the teacher's token to the student's generation_config.eos_token_id (or set it as the "
-            "tokenizer's eos_token) and save it."
+            f"would never stop. Set eos_token: {names[1].split(', ')[0]!r} in the recipe."
         )
 
 

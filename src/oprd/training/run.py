@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
@@ -9,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from oprd.bridge import Bridge
 from oprd.models import resolve_path
+from oprd.training.bridging import BridgeConfig, RolloutTrainer, fit_bridge, rollout_settings
 from oprd.training.callbacks import MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
-from oprd.training.options import DATA_HELP, HELP
+from oprd.training.options import BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 from oprd.training.prompts import load_prompts
 from oprd.training.trainer import OPRDTrainer
+
+Configs = tuple["DataConfig", OPRDConfig, ModelConfig, BridgeConfig]
 
 
 def _data(name: str, default: Any) -> Any:
@@ -40,13 +46,19 @@ class DataConfig:
     drop_duplicates: bool = _data("drop_duplicates", False)
     as_chat: bool = _data("as_chat", False)
     resume: bool = field(default=False, metadata={"help": HELP["resume"]})
+    then: dict | str | None = field(default=None, metadata={"help": THEN_HELP})
 
 
-def parse(arguments: list[str]) -> tuple[DataConfig, OPRDConfig, ModelConfig]:
+def _parser(command: str) -> TrlParser:
+    usage = f"oprd {command} --config RECIPE [--key value ...]"
+    kinds = (DataConfig, OPRDConfig, ModelConfig, BridgeConfig)
+    return TrlParser(kinds, prog=f"oprd {command}", usage=usage, allow_abbrev=False)
+
+
+def parse(arguments: list[str], command: str = "train") -> Configs:
     """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    usage = "oprd train --config RECIPE [--key value ...]"
-    parser = TrlParser((DataConfig, OPRDConfig, ModelConfig), prog="oprd train", usage=usage, allow_abbrev=False)
+    parser = _parser(command)
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
@@ -54,7 +66,15 @@ def parse(arguments: list[str]) -> tuple[DataConfig, OPRDConfig, ModelConfig]:
         recipe = find_recipe(arguments[position])
         _check_recipe(recipe, {action.dest for action in parser._actions} | {"env"})
         arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
-    return parser.parse_args_and_config(arguments)
+    data, args, model, bridge = parser.parse_args_and_config(arguments)
+    if isinstance(data.then, str):
+        data.then = yaml.safe_load(data.then)
+    if data.then is not None and not isinstance(data.then, dict):
+        raise ValueError("then must be a mapping of settings for the second stage.")
+    changed = [f.name for f in dataclasses.fields(bridge) if getattr(bridge, f.name) != f.default]
+    if changed and args.bridge is None and command == "train":
+        raise ValueError(f"{', '.join(changed)} would be ignored: set bridge to auto or to a folder.")
+    return data, args, model, bridge
 
 
 def _check_recipe(path: Path, known: set[str]) -> None:
@@ -69,9 +89,13 @@ def _check_recipe(path: Path, known: set[str]) -> None:
         raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The recipe {path} must be a mapping of settings, such as learning_rate: 1.0e-5.")
-    for key in settings.keys() - known:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "."))
+    _check_keys(str(path), settings, known)
+
+
+def _check_keys(where: str, settings: dict[str, Any], known: set[str]) -> None:
+    for key in sorted(map(str, settings.keys() - known)):
+        near = difflib.get_close_matches(key, known, n=1)
+        raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "."))
 
 
 def find_recipe(name: str) -> Path:
@@ -96,7 +120,7 @@ def _resolved(configs: tuple[Any, ...]) -> dict[str, Any]:
             default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
             plain = value.value if hasattr(value, "value") else value
             plain = plain.to_dict() if hasattr(plain, "to_dict") else plain
-            if (item.name in HELP or plain != default) and _is_plain(plain):
+            if (item.name in (*HELP, *BRIDGE_HELP) or plain != default) and _is_plain(plain):
                 settings[item.name] = plain
     # Derived from the machine, secret, or about this one call: not what repeats a run.
     for name in ("local_rank", "run_name", "hub_token", "push_to_hub_token", "resume", "resume_from_checkpoint"):
@@ -114,7 +138,9 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def build_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> OPRDTrainer:
+def build_trainer(
+    data: DataConfig, args: OPRDConfig, model: ModelConfig, kind: type[OPRDTrainer] = OPRDTrainer
+) -> OPRDTrainer:
     """Load the data, check everything, load the models.
 
     Raises:
@@ -148,7 +174,7 @@ def build_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> OPR
         **(args.model_init_kwargs or {}),
     }
     args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
-    return OPRDTrainer(
+    return kind(
         model=resolve_path(model.model_name_or_path),
         args=args,
         train_dataset=train_dataset,
@@ -187,14 +213,69 @@ def save_final(trainer: OPRDTrainer, directory: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def _bridge_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> RolloutTrainer:
+    data = dataclasses.replace(data, eval_dataset_name=None)
+    return build_trainer(data, rollout_settings(args), copy.copy(model), RolloutTrainer)
+
+
+def fit(arguments: list[str]) -> tuple[Path, Bridge]:
+    """``oprd bridge fit``: from a training recipe to a bridge in the folder that ``bridge`` names, or
+    ``output_dir/bridge``."""
+    data, args, model, settings = parse(arguments, "bridge fit")
+    directory = Path(args.bridge if args.bridge not in (None, "auto") else Path(args.output_dir) / "bridge")
+    if (directory / "bridge.json").exists():
+        raise ValueError(f"{directory} already holds a bridge. Choose another folder with --bridge DIR, or remove it.")
+    return directory, fit_bridge(lambda: _bridge_trainer(data, args, model), settings, directory)
+
+
 def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path, bool]:
     """Train from command-line arguments; the run's directory, and whether this is the main process.
 
     The directory holds ``config.yaml`` (repeat with ``oprd train --config``), ``metrics.jsonl``, ``checkpoint-*/`` and
-    ``final/``, which loads with ``AutoModelForCausalLM.from_pretrained``.
+    ``final/``, which loads with ``AutoModelForCausalLM.from_pretrained``. With ``bridge: auto`` it also holds ``bridge/``;
+    a second stage (``then``) has its run in ``then/``, and that directory is returned.
     """
-    data, args, model = parse(arguments)
-    settings = _resolved((data, args, model))  # before the trainer fills in anything
+    data, args, model, settings = parse(arguments)
+    directory = Path(args.output_dir)
+    second = None if data.then is None else _second_stage(arguments, data.then, directory)
+    if second is None or not (directory / "final").exists():
+        is_main = _one_stage(data, args, model, settings, description)
+    if second is None:
+        return directory, is_main
+    written = directory / "then.yaml"
+    if PartialState().is_main_process:
+        written.write_text(yaml.safe_dump(second, sort_keys=True), encoding="utf-8")
+    PartialState().wait_for_everyone()
+    return run(["--config", str(written), *(["--resume"] if data.resume else [])], description=f"{description}, then")
+
+
+def _second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dict[str, Any]:
+    """The recipe of the second stage: the first one's, then ``then``, then what the command line said.
+
+    Raises:
+        ValueError: an unknown key, before the first stage starts.
+    """
+    recipe = {}
+    rest = list(arguments)
+    if "--config" in rest:
+        position = rest.index("--config")
+        recipe = yaml.safe_load(find_recipe(rest[position + 1]).read_text(encoding="utf-8"))
+        del rest[position : position + 2]
+    _check_keys("then", then, {action.dest for action in _parser("train")._actions})
+    own = {"output_dir": str(first / "then"), "model_name_or_path": str(first / "final")}
+    spoken = dict(zip((key.removeprefix("--") for key in rest[::2]), map(yaml.safe_load, rest[1::2]), strict=False))
+    second = {**recipe, **then, **{k: v for k, v in spoken.items() if k not in own}, **own}
+    second = {key: value for key, value in second.items() if value is not None and key not in ("then", "resume")}
+    if "bridge" not in then:  # a bridge belongs to the student that it was fitted for, and that one has moved
+        for key in ("bridge", *BRIDGE_HELP):
+            second.pop(key, None)
+    return second
+
+
+def _one_stage(data: DataConfig, args: OPRDConfig, model: ModelConfig, bridge: BridgeConfig, description: str) -> bool:
+    settings = _resolved((data, args, model, bridge))  # before the trainer fills in anything
+    if args.bridge is None:
+        settings = {key: value for key, value in settings.items() if key not in BRIDGE_HELP}
     directory = Path(args.output_dir)
     last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
     if (directory / "final").exists() and not data.resume:
@@ -203,6 +284,11 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
         raise ValueError(
             f"{directory} already holds {Path(last).name}. Continue it with --resume, or choose another output_dir."
         )
+    if args.bridge == "auto":
+        fitted = directory / "bridge"
+        if not (fitted / "bridge.json").exists():
+            fit_bridge(lambda: _bridge_trainer(data, args, model), bridge, fitted)
+        args.bridge = str(fitted)
     trainer = build_trainer(data, args, model)
     attach_callbacks(trainer, description)
     if trainer.accelerator.is_main_process:
@@ -214,4 +300,4 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
         trainer.push_to_hub()
     is_main = trainer.accelerator.is_main_process
     trainer.end()
-    return directory, is_main
+    return is_main

@@ -18,6 +18,7 @@ from trl import DistillationTrainer
 
 from oprd import models
 from oprd._compat import RepeatSampler, create_model_from_path, is_vllm_available, prepare_deepspeed
+from oprd.bridge import Bridge
 from oprd.evaluation import grade
 from oprd.objectives import position_weights, select_positions
 from oprd.states import Rollout, make_rollout
@@ -25,6 +26,7 @@ from oprd.training import heads, preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.meters import Meters, Stopwatch
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
+from oprd.training.pair import fit_prompts, open_bridge, open_pair
 from oprd.training.source import Source
 
 logger = get_logger(__name__)
@@ -45,9 +47,10 @@ class OPRDTrainer(DistillationTrainer):
             and ``accuracy`` is logged.
         eval_dataset: the same, for evaluation; or a dict of them.
         processing_class: the student's tokenizer; loaded from ``model`` if not given.
-        teacher_processing_class: the teacher's tokenizer, compared with the student's; loaded from the teacher's path
-            where there is one.
-        bridge: reserved for teachers of another shape; must be None in this version.
+        teacher_processing_class: the teacher's tokenizer; loaded from the teacher's path where there is one. If it is
+            another than the student's, the teacher reads the student's text in its own tokens.
+        bridge: a fitted `oprd.bridge.Bridge` or its folder, for a teacher of another shape, origin or tokenizer;
+            ``args.bridge`` if not given.
         peft_config, callbacks, optimizers, quantization_config, tools: as in TRL.
 
     Raises:
@@ -77,15 +80,13 @@ class OPRDTrainer(DistillationTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
-        bridge: None = None,
+        bridge: Bridge | str | None = None,
         peft_config: Any = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
         quantization_config: Any = None,
         tools: list | None = None,
     ) -> None:
-        if bridge is not None:
-            raise ValueError("bridge: " + preflight.NEEDS_BRIDGE)
         args = args or OPRDConfig("oprd")
         if args.use_vllm and not is_vllm_available():
             raise ValueError('vLLM is not installed: pip install "oprd[vllm]", or set use_vllm: false.')
@@ -107,16 +108,24 @@ class OPRDTrainer(DistillationTrainer):
         student_source = Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code)
         teacher_source = Source(teacher_model, args.teacher_model_revision, args.trust_remote_code)
         preflight.check_datasets(train_dataset, eval_dataset, responses_per_prompt=args.responses_per_prompt)
-        tokenizer = processing_class or student_source.tokenizer("student", "processing_class")
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}: text models only.")
-        teacher_processing_class = teacher_processing_class or teacher_source.tokenizer_if_known()
-        if teacher_processing_class is None:
-            logger.warning("The teacher's tokenizer is not known: pass teacher_processing_class to have it compared.")
-        shapes = self._check_pair(
-            args, student_source, teacher_source, tokenizer, teacher_processing_class, train_dataset
+        if bridge is not None and args.bridge is not None:
+            raise ValueError("Two bridges: pass bridge or set args.bridge, not both.")
+        bridge = open_bridge(bridge if bridge is not None else args.bridge)
+        if bridge is not None and not args.representation_weight:
+            raise ValueError("The bridge would be ignored: representation_weight is 0.")
+        pair = self._pair = open_pair(
+            args,
+            student_source,
+            teacher_source,
+            processing_class,
+            teacher_processing_class,
+            bridge,
+            train_dataset,
+            has_tools=bool(tools),
+            compares_states=self._compares_states(args),
         )
-        train_dataset = self._fit_prompts(train_dataset, tokenizer, args, shapes.context)
+        shapes = pair.shapes
+        train_dataset = fit_prompts(train_dataset, pair.tokenizer, args, shapes.context)
 
         # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
         super().__init__(
@@ -125,7 +134,7 @@ class OPRDTrainer(DistillationTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=pair.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
@@ -136,14 +145,20 @@ class OPRDTrainer(DistillationTrainer):
         teacher = self._load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
         teacher.requires_grad_(False).eval()
         heads.check_loaded(self.model, teacher, is_fsdp=self.is_fsdp_enabled)
-        self.lm_head, why = heads.adopt_or_keep(self.model, teacher, args.lm_head, shapes.vocab_size)
+        pair.check_bridge(self.model, teacher)
+        self._end_where_told(args.eos_token)
+        self.lm_head, why = heads.adopt_or_keep(self.model, teacher, args.lm_head, shapes.vocab_size, pair.foreign)
         self.objective = args.objective(
             layers=shapes.layers,
             num_layers=shapes.num_layers,
             vocab_size=shapes.vocab_size,
             head_adopted=self.lm_head == "teacher",
+            bridge=None if bridge is None else bridge.to(self.accelerator.device),
+            teacher_vocab_size=shapes.teacher_vocab_size,
         )
-        heads.freeze_and_report(self.model, teacher, self.objective, self.lm_head, why)
+        heads.freeze_and_report(
+            self.model, teacher, self.objective, self.lm_head, why, head_alone=args.trainable == "head"
+        )
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
         else:
@@ -157,40 +172,13 @@ class OPRDTrainer(DistillationTrainer):
     # ---------------------------------------------------------------------------------------- before the first step
 
     @staticmethod
-    def _check_pair(args, student, teacher, tokenizer, teacher_tokenizer, train_dataset) -> preflight.Shapes:
-        """Whatever configs, tokenizers and generation configs can tell."""
-        shapes = preflight.check_models(
-            student.config,
-            teacher.config,
-            tokenizer,
-            layers=args.layers,
-            compares_states=args.representation_weight > 0,
-        )
-        if teacher_tokenizer is not None:
-            preflight.check_tokenizers(tokenizer, teacher_tokenizer, next(iter(train_dataset))["prompt"])
-        preflight.check_end_tokens(
-            tokenizer,
-            models.end_token_ids(tokenizer, student.generation_config),
-            models.end_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
-            None if teacher_tokenizer is None else teacher_tokenizer.eos_token_id,
-        )
-        return shapes
+    def _compares_states(args: OPRDConfig) -> bool:
+        return args.representation_weight > 0
 
-    @staticmethod
-    def _fit_prompts(dataset, tokenizer, args, context):
-        if isinstance(dataset, IterableDataset):
-            if args.max_prompt_length is not None:
-                raise ValueError("max_prompt_length needs a dataset that is loaded whole, not a streaming one.")
-            return dataset
-        dataset = preflight.fit_prompts(
-            dataset,
-            preflight.prompt_lengths(dataset, tokenizer, **(args.chat_template_kwargs or {})),
-            context=context,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-        )
-        preflight.check_step_size(len(dataset), args.responses_per_step, args.responses_per_prompt)
-        return dataset
+    def _end_where_told(self, eos_token: str | None) -> None:
+        """Generation, and the model as it will be saved, end at ``eos_token`` too."""
+        if eos_token is not None:
+            self.model.generation_config.eos_token_id = list(self.eos_token_ids)
 
     def _load_teacher(self, path: str) -> PreTrainedModel:
         kwargs = dict(self.args.teacher_model_init_kwargs or {})
@@ -235,10 +223,18 @@ class OPRDTrainer(DistillationTrainer):
         generated = batch["completion_mask"].bool()
         if "tool_mask" in batch:
             generated = generated & batch["tool_mask"].bool()
+        share = None
+        if self._pair.reader is not None:
+            batch |= self._pair.reader.read(
+                [row["prompt"] for row in inputs], batch["completion_ids"], batch["completion_mask"]
+            )
+            share = self._paired_share(batch, generated, mode)
         masks = {
             "state": select_positions(generated, self.args.positions, self.args.position_k),
             "output": generated & (batch["completion_ids"] < self.vocab_size),  # vLLM may sample padded rows
         }
+        if share is not None:
+            masks["state"] = masks["state"] & (batch["teacher_columns"][..., self._partner_column] >= 0)
         counts = torch.stack([count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())])
         counts = self.accelerator.reduce(counts.float(), reduction="sum")
         for (name, mask), (rows, positions) in zip(masks.items(), counts.view(2, 2), strict=True):
@@ -256,20 +252,42 @@ class OPRDTrainer(DistillationTrainer):
             self._metrics[mode]["accuracy"].append(right.nanmean().item())
         return batch
 
+    @property
+    def _partner_column(self) -> int:
+        return 0 if self.args.state_at == "predictive" else 1
+
+    def _paired_share(self, batch: dict[str, Any], generated: Tensor, mode: str) -> float:
+        """Share of response tokens, over all processes, whose state has a partner on the teacher's side."""
+        paired = generated & (batch["teacher_columns"][..., self._partner_column] >= 0)
+        counts = self.accelerator.reduce(torch.stack([paired.sum(), generated.sum()]).float(), reduction="sum")
+        share = (counts[0] / counts[1].clamp(min=1)).item()
+        self._metrics[mode]["paired_share"].append(share)
+        if self.objective.representation_weight and self._pair.reader.crossing is not None:
+            self._pair.reader.check_pairs(batch, generated, self.args.min_paired_share, share)
+        return share
+
+    def make_rollout(self, batch: dict[str, Any]) -> Rollout:
+        """One micro-batch of `_prepare_inputs`, ready for both models."""
+        reader = self._pair.reader
+        crosses = reader is not None and reader.crossing is not None
+        return make_rollout(
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            batch["completion_ids"],
+            batch["completion_mask"],
+            state_weights_BC=batch["state_weights"],
+            output_weights_BC=batch["output_weights"],
+            state_at=self.args.state_at,
+            teacher_text=None if reader is None else reader.text_of(batch),
+            prefix_table=reader.table_of if crosses and self.objective.uses_output else None,
+        )
+
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Teacher, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
         self._begin_memory_watch()
-        rollout = make_rollout(
-            inputs["prompt_ids"],
-            inputs["prompt_mask"],
-            inputs["completion_ids"],
-            inputs["completion_mask"],
-            state_weights_BC=inputs["state_weights"],
-            output_weights_BC=inputs["output_weights"],
-            state_at=self.args.state_at,
-        )
+        rollout = self.make_rollout(inputs)
         started = self._stopwatch.now()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         targets = self._forward_redirection(self.teacher_model, teacher, self._teacher_states, teacher, rollout)
