@@ -18,7 +18,7 @@ from sweeping import Key, Row, Table, flags, main, one_run
 OUT = Path("runs/bridge")
 FITTED, RANDOM_TEACHER = OUT / "fitted", OUT / "random-teacher"
 RATES = (5e-4, 1e-3)
-WIDE = {"teacher_model_name_or_path": "miniature:wide-teacher"}
+WIDE = {"teacher_model_name_or_path": "miniature:wide-teacher", "lm_head": "keep"}
 OUTPUT = {"representation_weight": 0, "logit_weight": 0}
 RANKS = ("8", "1", "2", "4", "16", "32", "full", "auto")
 
@@ -96,7 +96,7 @@ ORIGIN_ROWS = {
     "the head alone (full KL)": Row({**WIDE, **OUTPUT, "output_loss": "full", "trainable": "head"}, (1e-3, 2e-3)),
     "control: random bridge, rank 8": Row({**WIDE, **bridge("wide-random")}, (1e-3,)),
     "control: random teacher, full KL": Row(
-        {"teacher_model_name_or_path": RANDOM_TEACHER, **OUTPUT, "output_loss": "full"}, (1e-3,)
+        {**WIDE, "teacher_model_name_or_path": RANDOM_TEACHER, **OUTPUT, "output_loss": "full"}, (1e-3,)
     ),
 }
 TOKENIZER = {"recipe": "miniature-tokenizer", "max_new_tokens": 56}
