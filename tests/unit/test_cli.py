@@ -83,7 +83,7 @@ def test_the_settings_in_the_help_are_those_that_the_parser_takes():
     from oprd import OPRDConfig
     from oprd.training.run import DataConfig
 
-    assert {field.name for field in fields(DataConfig)} == {*DATA_HELP, "resume"}
+    assert {field.name for field in fields(DataConfig)} == {*DATA_HELP, "resume", "then"}
     assert set(HELP) <= {field.name for field in fields(OPRDConfig)} | {"resume"}
 
 

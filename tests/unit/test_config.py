@@ -22,7 +22,11 @@ def test_defaults(make):
     own = {name: getattr(config, name) for name in HELP if name != "resume"}
     assert own == {
         "representation_weight": 1.0,
-        "representation_loss": "mse",
+        "representation_loss": None,  # mse, and normalized_mse through a bridge
+        "bridge": None,
+        "min_paired_share": 0.2,
+        "trainable": "all",
+        "eos_token": None,
         "layers": "all",
         "positions": "all",
         "position_k": 2000,
@@ -51,7 +55,7 @@ def test_bf16_is_not_chosen_for_the_cpu_whatever_the_machine_has(make, monkeypat
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(make, name):
-    needed = {"output_loss": "top_k"} if name.startswith("top_k") else {}
+    needed = {"output_loss": "top_k"} if name.startswith(("top_k", "trainable")) else {}
     for allowed in CHOICES[name]:
         assert getattr(make(**{name: allowed, **needed}), name) == allowed
     with pytest.raises(ValueError, match=f"{name} must be one of {', '.join(CHOICES[name])}, got 'other'"):
@@ -155,7 +159,16 @@ def test_the_objective_carries_every_setting(make):
     assert all(value != defaults[name] for name, value in chosen.items())
     objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99, head_adopted=True)
     assert objective == Objective(layers=(1, 3), num_layers=4, vocab_size=99, **chosen)
-    assert {name for name in HELP if name in defaults} - {"layers"} <= set(chosen)
+    assert {name for name in HELP if name in defaults} - {"layers", "bridge"} <= set(chosen)
+
+
+def test_an_open_distance_is_settled_by_the_bridge(make):
+    shapes = {"layers": [1], "num_layers": 1, "vocab_size": 9, "head_adopted": False}
+    bridge = object()
+    assert make().objective(**shapes).representation_loss == "mse"
+    through = make().objective(bridge=bridge, **shapes)
+    assert (through.representation_loss, through.logit_weight) == ("normalized_mse", 0.0)
+    assert make(representation_loss="mse").objective(bridge=bridge, **shapes).representation_loss == "mse"
 
 
 @pytest.mark.parametrize("value", ["4.5", "1e1", 4.5, None, "4,8.7", True, "{4: 8}", "[1,", ["a"]])
@@ -182,6 +195,17 @@ def test_max_prompt_length_of_zero(tmp_path):
         ({"output_loss": "full", "output_weight": 0.0}, "output_weight is 0"),
         ({"output_loss": "full", "output_top_k": 4}, "output_top_k would be ignored"),
         ({"output_loss": "sampled", "top_k_renormalize": False}, "top_k_renormalize would be ignored"),
+        (
+            {"representation_weight": 0, "logit_weight": 1.0, "bridge": "x"},
+            "bridge would be ignored .representation_weight",
+        ),
+        (
+            {"representation_weight": 0, "logit_weight": 1.0, "representation_loss": "mse"},
+            "representation_loss would be ignored",
+        ),
+        ({"trainable": "head"}, "trainable: head needs a term that reaches the LM head"),
+        ({"trainable": "head", "output_loss": "full", "lm_head": "freeze"}, "leave nothing to train"),
+        ({"min_paired_share": 1.5}, "min_paired_share must lie in 0..1"),
         ({"position_k": 5}, "position_k would be ignored .positions: all takes no k"),
     ],
 )

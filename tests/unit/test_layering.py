@@ -19,7 +19,7 @@ ALLOWED = {
     "training": {"objectives", "models", "_compat", "states", "evaluation", "bridge"},
     "insight": {"objectives", "models", "states", "evaluation", "bridge", "training"},
     "miniature": {"objectives", "models", "states", "evaluation", "bridge", "training", "insight"},
-    "cli": {"training", "insight", "miniature"},
+    "cli": {"bridge", "training", "insight", "miniature"},
     "__main__": {"cli"},
     "__init__": {"bridge", "training"},
 }

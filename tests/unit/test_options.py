@@ -11,10 +11,19 @@ def test_every_option_is_explained_and_every_choice_an_option():
     assert set(HELP) - {"resume"} <= set(own)
     assert set(CHOICES) <= set(HELP)
     for name, allowed in CHOICES.items():
-        assert own[name].default in allowed
+        assert own[name].default in allowed or (name == "representation_loss" and own[name].default is None)
         assert len(set(allowed)) == len(allowed)
     for name in set(HELP) - {"resume"}:
         assert own[name].metadata["help"] % {} == HELP[name]  # as argparse will print it
+
+
+def test_every_setting_of_a_fit_and_of_the_data_is_explained():
+    from oprd.training.bridging import BridgeConfig
+    from oprd.training.options import BRIDGE_HELP, DATA_HELP
+    from oprd.training.run import DataConfig
+
+    assert set(BRIDGE_HELP) == {field.name for field in fields(BridgeConfig)}
+    assert set(DATA_HELP) | {"resume", "then"} == {field.name for field in fields(DataConfig)}
 
 
 def test_choices_agree_with_the_functions_that_take_them():

@@ -7,15 +7,17 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma3Config, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from oprd import OPRDConfig
 from oprd.miniature.task import build_tokenizer
 from oprd.models import end_token_ids
 from oprd.training.preflight import (
     Shapes,
+    check_crossing,
     check_datasets,
     check_end_tokens,
     check_models,
     check_step_size,
-    check_tokenizers,
+    compare_tokenizers,
     fit_prompts,
     prompt_lengths,
 )
@@ -60,7 +62,7 @@ def warnings_of(caplog):
 def test_equal_shapes():
     size = len(word_tokenizer())
     checked = check_models(shape(), shape(), word_tokenizer(), layers="even", compares_states=True)
-    assert checked == Shapes(layers=[2, 4], num_layers=4, vocab_size=size, context=32768)
+    assert checked == Shapes(layers=[2, 4], num_layers=4, vocab_size=size, context=32768, teacher_context=32768)
     assert size == len(WORDS)
 
 
@@ -69,7 +71,7 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(own, other):
     checked = check_models(
         shape(vocabulary=own), shape(vocabulary=other), word_tokenizer(), layers=[-1], compares_states=True
     )
-    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS), context=32768)
+    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS), context=32768, teacher_context=32768)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +82,12 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(own, other):
     ],
 )
 def test_other_shapes_need_a_bridge_only_where_states_are_compared(teacher, told):
-    with pytest.raises(ValueError, match=rf"{told}\. .*OPRD-Bridge.*representation_weight: 0.*output_loss: full"):
+    with pytest.raises(ValueError, match=rf"{told}\. .*oprd bridge fit.*representation_weight: 0.*output_loss: top_k"):
         check_models(shape(), teacher, word_tokenizer(), layers="all", compares_states=True)
     checked = check_models(shape(), teacher, word_tokenizer(), layers="all", compares_states=False)
-    assert checked == Shapes(layers=[1, 2, 3, 4], num_layers=4, vocab_size=len(WORDS), context=32768)
+    assert checked == Shapes(
+        layers=[1, 2, 3, 4], num_layers=4, vocab_size=len(WORDS), context=32768, teacher_context=32768
+    )
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -113,7 +117,7 @@ def test_a_config_with_a_text_part():
         text_config={"num_hidden_layers": 4, "hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4}
     )
     checked = check_models(nested, shape(), word_tokenizer(), layers="last", compares_states=True)
-    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS), context=32768)
+    assert checked == Shapes(layers=[4], num_layers=4, vocab_size=len(WORDS), context=32768, teacher_context=32768)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
@@ -122,37 +126,95 @@ MESSAGES = [{"role": "user", "content": "a b"}]
 
 
 @pytest.mark.parametrize("prompt", ["a b", MESSAGES])
-def test_same_tokenizers(warnings_of, prompt):
+def test_same_tokenizers(prompt):
     one, other = word_tokenizer(template=TEMPLATE), word_tokenizer(template=TEMPLATE)
-    assert warnings_of(lambda: check_tokenizers(one, other, prompt)) == []
+    assert compare_tokenizers(one, other, prompt) == "same"
 
 
-def test_other_ids_are_refused_with_examples():
-    swapped = [*WORDS[:7], "b", "a", *WORDS[9:]]
-    with pytest.raises(ValueError, match=r"11 and 11 tokens; 'a' is 7 and 8, 'b' is 8 and 7\)"):
-        check_tokenizers(word_tokenizer(), word_tokenizer(swapped), "a")
+def test_another_chat_template_is_another_prompt_where_it_is_used():
+    student = word_tokenizer(template=TEMPLATE)
+    teacher = word_tokenizer(template="system think " + TEMPLATE)
+    assert compare_tokenizers(student, teacher, MESSAGES) == "other prompt"
+    assert compare_tokenizers(student, teacher, "a b") == "same"
+    assert compare_tokenizers(student, word_tokenizer(), MESSAGES) == "same"
 
 
-def test_a_missing_token_is_refused():
-    with pytest.raises(ValueError, match=r"11 and 12 tokens; 'd' is None and 11\)"):
-        check_tokenizers(word_tokenizer(), word_tokenizer([*WORDS, "d"]), "a")
+@pytest.mark.parametrize("words", [[*WORDS[:7], "b", "a", *WORDS[9:]], [*WORDS, "d"]])
+def test_other_ids_are_other_tokens(words):
+    assert compare_tokenizers(word_tokenizer(), word_tokenizer(words), "a") == "other tokens"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([*WORDS[:7], "b", "a", *WORDS[9:]], r"11 and 11 tokens; 'a' is 7 and 8, 'b' is 8 and 7\)"),
+        ([*WORDS, "d"], r"11 and 12 tokens; 'd' is None and 11\)"),
+    ],
+)
+def test_states_of_other_tokenizers_need_a_bridge(words, told):
+    settings = {"layers": "all", "other_tokenizer": word_tokenizer(words)}
+    with pytest.raises(ValueError, match=rf"different tokenizers \({told}.*oprd bridge fit.*output_loss: top_k"):
+        check_models(shape(), shape(), word_tokenizer(), compares_states=True, **settings)
+    checked = check_models(shape(), shape(), word_tokenizer(), compares_states=False, **settings)
+    assert (checked.vocab_size, checked.teacher_vocab_size) == (11, len(words))
 
 
 def test_no_more_than_three_examples():
     with pytest.raises(ValueError, match="different tokenizers") as refused:
-        check_tokenizers(word_tokenizer(), build_tokenizer(), "a")
+        check_models(
+            shape(vocabulary=400),
+            shape(vocabulary=400),
+            word_tokenizer(),
+            layers="all",
+            compares_states=True,
+            other_tokenizer=build_tokenizer(),
+        )
     assert str(refused.value).count(" is ") == 3
 
 
-def test_another_chat_template_is_said_aloud(warnings_of):
-    student = word_tokenizer(template=TEMPLATE)
-    teacher = word_tokenizer(template="system think " + TEMPLATE)
-    (said,) = warnings_of(lambda: check_tokenizers(student, teacher, MESSAGES))
-    assert "'user a b assistant'" in said
-    assert "'system think user a b assistant'" in said
-    # Only where it is used.
-    assert warnings_of(lambda: check_tokenizers(student, teacher, "a b")) == []
-    assert warnings_of(lambda: check_tokenizers(student, word_tokenizer(), MESSAGES)) == []
+def test_a_teacher_with_fewer_embeddings_than_its_own_tokenizer():
+    with pytest.raises(ValueError, match="The teacher has 64 embeddings for a tokenizer whose ids go up to 129"):
+        check_models(
+            shape(), shape(), word_tokenizer(), layers="all", compares_states=False, other_tokenizer=build_tokenizer()
+        )
+
+
+def test_a_longer_context_of_a_teacher_that_counts_otherwise_does_not_bound_the_student():
+    short = shape()
+    short.max_position_embeddings = 16
+    checked = check_models(
+        shape(),
+        short,
+        word_tokenizer(),
+        layers="all",
+        compares_states=False,
+        other_tokenizer=word_tokenizer([*WORDS, "d"]),
+    )
+    assert (checked.context, checked.teacher_context) == (32768, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "prompt", "tools", "told"),
+    [
+        ({"logit_weight": 1.0}, 10, "a", False, "logit_weight compares logits of one vocabulary"),
+        ({"output_loss": "top_k", "top_k_support": "teacher"}, 10, "a", False, "no meaning across tokenizers"),
+        ({"output_loss": "top_k", "top_k_renormalize": False}, 10, "a", False, "no meaning across tokenizers"),
+        ({"output_loss": "full"}, 600, "a", False, "output_loss: top_k"),
+        ({}, 10, "a", True, "tools need one tokenizer"),
+        ({}, 10, MESSAGES, False, "teacher's tokenizer has no chat template"),
+    ],
+)
+def test_settings_that_need_one_vocabulary(tmp_path, settings, size, prompt, tools, told):
+    args = OPRDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=told):
+        check_crossing(args, size, word_tokenizer(), prompt, tools)
+
+
+def test_settings_that_do_not():
+    args = OPRDConfig(output_dir="x", use_cpu=True, output_loss="full")
+    check_crossing(args, 512, word_tokenizer(template=TEMPLATE), MESSAGES, False)
+    with pytest.raises(ValueError, match="teacher's tokenizer has no end token"):
+        check_crossing(args, 512, word_tokenizer(eos=None), "a", False)
 
 
 # --------------------------------------------------------------------------------------------------------- end tokens
@@ -184,7 +246,7 @@ def test_end_tokens_that_do_not_meet_are_named():
 def test_the_token_that_the_teacher_writes_must_end_the_student_too():
     """A base student and its instruct teacher share the end of text, but the teacher ends its turns otherwise."""
     check_end_tokens(word_tokenizer(), {1, 2}, {1, 2}, teacher_main=2)
-    with pytest.raises(ValueError, match=r"end with <eos>, the teacher's with <eot>\. .*generation_config"):
+    with pytest.raises(ValueError, match=r"end with <eos>, the teacher's with <eot>\. .*Set eos_token: '<eot>'"):
         check_end_tokens(word_tokenizer(), {1}, {1, 2}, teacher_main=2)
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,12 +21,12 @@ def test_a_batch_supervises_answers_and_end_tokens_only():
 
 
 def test_two_rebuilds_are_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "STUDENT_STEP", 2)
-    monkeypatch.setattr(module, "TEACHER_STEP", 4)
+    few = (module.Run({2: "student", 4: "teacher"}, seed=0), module.Run({1: "digit-student"}, seed=2, digits=True))
+    monkeypatch.setattr(module, "RUNS", few)
     said = []
     for name in ("a", "b"):
         module.rebuild(tmp_path / name, announce=said.append)
-    assert [line.split(":")[0] for line in said] == ["student", "teacher"] * 2
+    assert [line.split(":")[0] for line in said] == ["student", "teacher", "digit-student"] * 2
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "teacher").state_dict() for n in ("a", "b"))
     assert all(torch.equal(a[key], b[key]) for key in b)
     early = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "student").state_dict()
@@ -33,13 +34,15 @@ def test_two_rebuilds_are_one(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "train.jsonl").read_text() == (tmp_path / "b" / "train.jsonl").read_text()
 
 
-def test_the_shipped_pair_is_what_the_recipe_builds():
-    fresh = module.build_model(build_tokenizer())
-    for name in ("student", "teacher"):
+@pytest.mark.parametrize("run", module.RUNS, ids=lambda run: " and ".join(run.saved.values()))
+def test_the_shipped_models_are_what_the_recipe_builds(run):
+    built = build_tokenizer(digits=run.digits)
+    fresh = module.build_model(built, seed=run.seed, **run.shape)
+    for name in run.saved.values():
         model = AutoModelForCausalLM.from_pretrained(resolve_path(f"miniature:{name}"))
         tokenizer = AutoTokenizer.from_pretrained(resolve_path(f"miniature:{name}"))
         assert {k: v.shape for k, v in model.state_dict().items()} == {
             k: v.shape for k, v in fresh.state_dict().items()
         }
         assert not is_tied(model)
-        assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+        assert tokenizer.get_vocab() == built.get_vocab()

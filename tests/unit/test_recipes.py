@@ -15,14 +15,15 @@ RECIPES = sorted(path.name.removesuffix(".yaml") for path in files("oprd").joinp
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_parses(name):
     # bf16 needs a GPU that this machine may not have; everything else is as shipped.
-    data, args, model = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    data, args, model, bridge = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
     text = find_recipe(name).read_text()
     assert f"--config {name}" in text.split("\nmodel_name_or_path")[0]
     settings = yaml.safe_load(text)
     for key in settings.keys() - {"bf16", "use_cpu", "report_to"}:
-        owner = next(c for c in (data, args, model) if hasattr(c, key))
+        owner = next(c for c in (data, args, model, bridge) if hasattr(c, key))
         value = getattr(owner, key)
-        assert getattr(value, "value", value) == pytest.approx(settings[key]), key
+        value = getattr(value, "value", value)
+        assert value == settings[key] if isinstance(value, dict | str) else value == pytest.approx(settings[key]), key
     objective = args.objective(layers=select_layers(args.layers, 28), num_layers=28, vocab_size=10, head_adopted=True)
     assert objective.uses_output == (settings.get("output_loss", "none") != "none")
     assert data.dataset_name and model.model_name_or_path and args.teacher_model_name_or_path
@@ -31,7 +32,7 @@ def test_recipe_parses(name):
 
 def test_published_settings():
     """The paper's same-family run, value by value."""
-    _, args, _ = parse(["--config", "r1-distill-1.5b-oprd-paper", "--bf16", "false", "--use_cpu", "true"])
+    _, args, *_ = parse(["--config", "r1-distill-1.5b-oprd-paper", "--bf16", "false", "--use_cpu", "true"])
     assert (args.layers, args.positions, args.position_k, args.representation_loss) == ("all", "last_k", 2000, "mse")
     assert (args.learning_rate, args.max_steps, args.warmup_steps) == (1e-5, 500, 0.03)
     assert (args.max_completion_length, args.temperature, args.responses_per_prompt) == (16384, 1.0, 2)

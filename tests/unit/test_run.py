@@ -25,13 +25,13 @@ def test_the_record_repeats_the_run_and_keeps_secrets(tmp_path):
     assert "resume" not in record
     again = parse(["--config", recipe(tmp_path, **record)])
     assert _resolved(again) == record
-    _, args, model = again
+    _, args, model, _ = again
     assert (args.learning_rate, args.layers, model.lora_target_modules) == (3e-5, [1, 2], ["q_proj", "up_proj"])
     assert args.accelerator_config.split_batches is True
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
-    _, args, _ = parse(["--config", recipe(tmp_path, learning_rate=3e-5), "--learning_rate", "1e-4"])
+    _, args, _, _ = parse(["--config", recipe(tmp_path, learning_rate=3e-5), "--learning_rate", "1e-4"])
     assert args.learning_rate == 1e-4
 
 

@@ -57,11 +57,6 @@ def test_evaluation_does_not_cost_the_next_step_its_time(tmp_path):
     assert trainer._stopwatches["eval"].seconds["teacher"] > 0
 
 
-def test_a_bridge_is_refused_not_ignored(tmp_path):
-    with pytest.raises(ValueError, match="OPRD-Bridge"):
-        canned_trainer(tmp_path, trainer_kwargs={"bridge": object()})
-
-
 def test_a_missing_teacher_and_a_missing_prompt_column(tmp_path):
     from datasets import Dataset
 
@@ -100,11 +95,13 @@ def test_a_missing_answer_is_left_out_of_accuracy(tmp_path):
     assert trainer._metrics["train"]["accuracy"] == [0.0]
 
 
-def test_the_wrong_tokenizer_is_refused(tmp_path):
+def test_states_across_tokenizers_need_a_bridge(tmp_path):
     other = tiny_tokenizer()
     other.add_tokens(["<new>"])
-    with pytest.raises(ValueError, match=r"different tokenizers.*'<new>' is None and 37"):
-        canned_trainer(tmp_path, trainer_kwargs={"teacher_processing_class": other})
+    with pytest.raises(ValueError, match=r"different tokenizers.*'<new>' is None and 37.*oprd bridge fit"):
+        canned_trainer(
+            tmp_path, teacher=tiny_model(seed=1, vocab_size=38), trainer_kwargs={"teacher_processing_class": other}
+        )
 
 
 def test_a_teacher_that_ends_otherwise_is_refused(tmp_path):

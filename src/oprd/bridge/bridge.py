@@ -119,7 +119,10 @@ class Bridge:
         """The first ``rank`` dimensions: what a fit at that rank would have given."""
         if not 1 <= rank <= self.rank:
             raise ValueError(f"Cannot cut a bridge of rank {self.rank} to rank {rank}; choose 1..{self.rank}.")
-        return self._with({n: t[:, :rank].contiguous() if n.endswith("map") else t for n, t in self._tensors.items()})
+        cut = self._with({n: t[:, :rank].contiguous() if n.endswith("map") else t for n, t in self._tensors.items()})
+        if "rank" in cut.report and rank != self.rank:
+            cut.report["rank"] = {**cut.report["rank"], "taken": rank, "by": "request"}
+        return cut
 
     def _with(self, tensors: Mapping[str, Tensor | None]) -> Bridge:
         return Bridge(

@@ -1,24 +1,69 @@
-"""``oprd demo``: the miniature distilled with OPRD and with OPD top-16, on one budget, side by side."""
+"""``oprd demo``: the miniature distilled with several methods, on one budget, side by side."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from oprd.miniature.task import MAX_RESPONSE_TOKENS, held_out
+from oprd.miniature.task import MAX_RESPONSE_DIGITS, MAX_RESPONSE_TOKENS, held_out
 
-# Each at the best learning rate of docs/results.md.
-METHODS: dict[str, dict[str, object]] = {
-    "OPRD": {"learning_rate": 2e-3},
-    "OPD top-16": {
-        "learning_rate": 5e-4,
-        "representation_weight": 0,
-        "logit_weight": 0,
-        "output_loss": "top_k",
-        "lm_head": "keep",
-    },
+OPD = {"representation_weight": 0, "logit_weight": 0, "lm_head": "keep"}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A pair, and the methods that are compared on it, each at the best learning rate of docs/results.md."""
+
+    about: str
+    teacher: str
+    student: str
+    methods: dict[str, tuple[str, dict[str, object]]]  # name -> recipe, settings
+    max_new_tokens: int = MAX_RESPONSE_TOKENS
+
+
+DEMOS = {
+    "same": Demo(
+        "A student and a teacher of one origin solve chained sums (37+4-9+2=?).",
+        "teacher",
+        "student",
+        {
+            "OPRD": ("miniature", {"learning_rate": 2e-3}),
+            "OPD top-16": ("miniature", {"learning_rate": 5e-4, "output_loss": "top_k", **OPD}),
+        },
+    ),
+    "bridge": Demo(
+        "The student's teacher is deeper and wider and of another origin: hidden states meet in a bridge.",
+        "wide-teacher",
+        "student",
+        {
+            "bridge": ("miniature-bridge", {}),
+            "full KL": (
+                "miniature",
+                {
+                    "teacher_model_name_or_path": "miniature:wide-teacher",
+                    "learning_rate": 1e-3,
+                    "output_loss": "full",
+                    **OPD,
+                },
+            ),
+        },
+    ),
+    "tokenizer": Demo(
+        "The student writes digit by digit; to its teacher a two-digit number is one token.",
+        "teacher",
+        "digit-student",
+        {
+            "bridge": (
+                "miniature-tokenizer",
+                {"representation_weight": 1, "output_loss": "none", "bridge": "auto", "bridge_prompts": 1024},
+            ),
+            "prefix marginals": ("miniature-tokenizer", {}),
+        },
+        MAX_RESPONSE_DIGITS,
+    ),
 }
 SAMPLES = 16
 
@@ -34,7 +79,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _evaluate(name: str, path: str) -> dict[str, object]:
+def _evaluate(name: str, path: str, max_new_tokens: int) -> dict[str, object]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from oprd.evaluation.evaluate import evaluate
@@ -42,7 +87,7 @@ def _evaluate(name: str, path: str) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     result = evaluate(
-        model, tokenizer, held_out(), samples=SAMPLES, max_new_tokens=MAX_RESPONSE_TOKENS, progress=f"evaluating {name}"
+        model, tokenizer, held_out(), samples=SAMPLES, max_new_tokens=max_new_tokens, progress=f"evaluating {name}"
     ).summary()
     return {
         "model": name,
@@ -53,7 +98,7 @@ def _evaluate(name: str, path: str) -> dict[str, object]:
     }
 
 
-def run_demo(out: str, *, steps: int | None = None, seed: int = 0) -> list[dict[str, object]]:
+def run_demo(out: str, *, which: str = "same", steps: int | None = None, seed: int = 0) -> list[dict[str, object]]:
     """Evaluate teacher and student, distil with each method, evaluate again, draw the plots; one row per model."""
     from transformers.utils import logging as transformers_logging
 
@@ -63,15 +108,18 @@ def run_demo(out: str, *, steps: int | None = None, seed: int = 0) -> list[dict[
     from oprd.training.run import run
 
     transformers_logging.disable_progress_bar()
-    root = Path(out)
+    demo, root = DEMOS[which], Path(out)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     _say(
-        "A student and a teacher of one origin solve chained sums (37+4-9+2=?). Each method gets the same budget; the\n"
-        f"student writes the answers it learns from. {len(held_out())} held-out problems, {SAMPLES} samples each, T=0.7."
+        f"{demo.about} Each method gets the same budget; the student writes the\nanswers it learns from. "
+        f"{len(held_out())} held-out problems, {SAMPLES} samples each, T=0.7."
     )
-    rows = [_evaluate(name, resolve_path(f"miniature:{name}")) | {"seconds": None} for name in ("teacher", "student")]
+    rows = [
+        _evaluate(role, resolve_path(f"miniature:{name}"), demo.max_new_tokens) | {"seconds": None}
+        for role, name in (("teacher", demo.teacher), ("student", demo.student))
+    ]
     curves = {}
-    for name, settings in METHODS.items():
+    for name, (recipe, settings) in demo.methods.items():
         directory = root / stamp / name.lower().replace(" ", "-")
         settings = {
             **settings,
@@ -81,9 +129,9 @@ def run_demo(out: str, *, steps: int | None = None, seed: int = 0) -> list[dict[
         }
         arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         started = time.perf_counter()
-        run(["--config", "miniature", *arguments], description=name)
+        run(["--config", recipe, *arguments], description=name)
         seconds = time.perf_counter() - started
-        rows.append(_evaluate(name, str(directory / "final")) | {"seconds": round(seconds)})
+        rows.append(_evaluate(name, str(directory / "final"), demo.max_new_tokens) | {"seconds": round(seconds)})
         curves[name] = read_metrics(directory / "metrics.jsonl")
     references = {f"{row['model']} (T=0.7)": row[f"Avg@{SAMPLES}"] / 100 for row in rows[:2]}
     plot_runs(curves, root / "plots", references=references)

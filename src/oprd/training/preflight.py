@@ -83,7 +83,9 @@ def check_models(
             + NEEDS_BRIDGE
         )
     elif compares_states and other_tokenizer is not None:
-        raise ValueError("Student and teacher have different tokenizers. " + NEEDS_BRIDGE)
+        raise ValueError(
+            f"Student and teacher have different tokenizers ({_differences(tokenizer, other_tokenizer)}). {NEEDS_BRIDGE}"
+        )
     contexts = [getattr(config, "max_position_embeddings", None) for config in (student, teacher)]
     shared = contexts if other_tokenizer is None else contexts[:1]  # lengths are counted in the student's tokens
     context = min((size for size in shared if size is not None), default=None)
@@ -98,6 +100,13 @@ def _check_bridge_shapes(bridge: Bridge, depths: list[int], widths: list[int]) -
             f"{max(bridge.layer_map)} layers; these are {depths[0]} x {widths[0]} and {depths[1]} x {widths[1]}. Fit one for "
             "this pair with oprd bridge fit."
         )
+
+
+def _differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    own, other = student.get_vocab(), teacher.get_vocab()
+    examples = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))[:3]
+    shown = ", ".join(f"{token!r} is {own.get(token)} and {other.get(token)}" for token in examples)
+    return f"{len(own)} and {len(other)} tokens; {shown}"
 
 
 def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompt: Any) -> str:
