@@ -128,6 +128,20 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) ->
     return {*own, *declared}
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int | None:
+    """The token with which a model of this tokenizer ends its answer: what its chat template puts behind one, which is not
+    always the tokenizer's end token; for text prompts the latter."""
+    if chat and tokenizer.chat_template:
+        marker = "the-answer"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        _, found, rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)
+        added = tokenizer.added_tokens_decoder if found else {}
+        ends = [index for index, token in added.items() if rest.lstrip().startswith(token.content)]
+        if ends:
+            return max(ends, key=lambda index: len(added[index].content))
+    return tokenizer.eos_token_id
+
+
 def is_tied(model: nn.Module) -> bool:
     """Whether the LM head and the input embeddings are one tensor."""
     lm = causal_lm(model)

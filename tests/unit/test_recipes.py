@@ -23,7 +23,10 @@ def test_recipe_parses(name):
         owner = next(c for c in (data, args, model, bridge) if hasattr(c, key))
         value = getattr(owner, key)
         value = getattr(value, "value", value)
-        assert value == settings[key] if isinstance(value, dict | str) else value == pytest.approx(settings[key]), key
+        same = (
+            str(value) == str(settings[key]) if isinstance(value, dict | str) else value == pytest.approx(settings[key])
+        )
+        assert same, key
     objective = args.objective(layers=select_layers(args.layers, 28), num_layers=28, vocab_size=10, head_adopted=True)
     assert objective.uses_output == (settings.get("output_loss", "none") != "none")
     assert data.dataset_name and model.model_name_or_path and args.teacher_model_name_or_path
@@ -47,3 +50,22 @@ def test_a_recipe_is_found_by_path_or_name(tmp_path):
     assert find_recipe("miniature") == find_recipe("miniature.yaml")
     with pytest.raises(ValueError, match="miniature"):
         find_recipe("missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [("qwen3-1.7b-base-bridge-paper", 8), ("phi4-mini-to-qwen3-1.7b-base-bridge-paper", 4)]
+)
+def test_published_settings_of_the_bridge(name, rank):
+    """The paper's runs across architectures and tokenizers, value by value."""
+    data, args, _, bridge = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    assert (args.bridge, bridge.rank, bridge.bridge_prompts, data.then) == ("auto", rank, 2000, None)
+    assert (args.layers, args.positions, args.position_k) == ("all", "last_k", 2000)
+    assert (args.representation_loss, args.output_loss) == ("normalized_mse", "none")
+    assert (args.learning_rate, args.max_steps, args.warmup_steps) == (1e-5, 500, 0.03)
+    assert (args.max_completion_length, args.temperature, args.responses_per_prompt) == (16384, 1.0, 2)
+    assert args.eos_token == "<|im_end|>"
+
+
+def test_the_second_stage_calibrates_the_head():
+    data, *_ = parse(["--config", "qwen3-1.7b-base-bridge-then-opd-paper", "--bf16", "false", "--use_cpu", "true"])
+    assert (data.then["representation_weight"], data.then["output_loss"]) == (0, "sampled")

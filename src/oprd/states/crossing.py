@@ -82,6 +82,7 @@ class Crossing:
         student, teacher: the tokenizers; both must concatenate bytes (`Vocabulary`).
         student_ends: every token that ends a student's response.
         teacher_end: the token that the teacher reads for them.
+        teacher_ends: every token with which the teacher may end; their probabilities add up.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class Crossing:
         *,
         student_ends: set[int],
         teacher_end: int,
+        teacher_ends: set[int] | None = None,
     ) -> None:
         self.student, self.teacher = vocabulary_of(student), vocabulary_of(teacher)
         self.student_ends, self.teacher_end = student_ends, teacher_end
+        self.teacher_ends = {teacher_end, *(teacher_ends or ())}
 
     @cached_property
     def meanings(self) -> dict[int, int | None]:

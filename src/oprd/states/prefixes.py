@@ -34,19 +34,28 @@ class PrefixIndex:
     def __init__(self, crossing: Crossing) -> None:
         student, teacher = crossing.student, crossing.teacher
         atoms = crossing.meanings
-        ordinary = [index for index in range(teacher.size) if teacher.tokens[index]]
+        ordinary = [
+            index for index in range(teacher.size) if teacher.tokens[index] and index not in crossing.teacher_ends
+        ]
         ordinary.sort(key=teacher.tokens.__getitem__)
         self._sorted = [teacher.tokens[index] for index in ordinary]
-        # Special tokens have no bytes to be found by: each gets a place of its own behind the others.
-        apart = sorted({atom for atom in atoms.values() if atom is not None and not teacher.tokens[atom]})
-        apart += [index for index in sorted(teacher.special) if index not in apart and index < teacher.size]
-        self.order = np.array([*ordinary, *apart], dtype=np.int64)
-        place = {int(index): rank for rank, index in enumerate(self.order)}
+        # Tokens that are handed over by meaning are found by it, not by bytes: each has a place behind the others. The ways
+        # to end a turn come first and together, so that their probabilities add up in one range.
+        ends = sorted(crossing.teacher_ends)
+        apart = {atom for atom in atoms.values() if atom is not None and not teacher.tokens[atom]}
+        apart |= {index for index in teacher.special if index < teacher.size}
+        self.order = np.array([*ordinary, *ends, *sorted(apart - set(ends))], dtype=np.int64)
+        self._place = {int(index): rank for rank, index in enumerate(self.order)}
         self._atoms = {
-            own: (place[atom], place[atom] + 1)
+            own: (self._place[atom], self._place[atom] + 1)
             for own, atom in atoms.items()
-            if atom is not None and own < student.size
+            if atom is not None and own < student.size and own not in crossing.student_ends
         }
+        # Of several student tokens that end a turn, its tokenizer's own is the one to learn.
+        main = student.tokenizer.eos_token_id
+        main = main if main in crossing.student_ends else min(crossing.student_ends, default=None)
+        if main is not None:
+            self._atoms[main] = (self._place[ends[0]], self._place[ends[-1]] + 1)
         self._by_bytes = {text: index for text, index in student.ids_by_bytes.items() if index not in atoms}
         self.size = student.size
         self._student_order(student.tokens)
@@ -54,6 +63,7 @@ class PrefixIndex:
         self._names: list[bytes] = [b""]
         self._entries: dict[int, Entries] = {}
         self._bounds: dict[int, tuple[int, int]] = {}
+        self._order_on: dict[torch.device, tuple[Tensor, ...]] = {}
         self._on_device: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
     def _student_order(self, tokens: Sequence[bytes]) -> None:
@@ -79,8 +89,6 @@ class PrefixIndex:
 
     def of_token(self, index: int) -> tuple[int, int]:
         """The range that holds one teacher token alone."""
-        if not hasattr(self, "_place"):
-            self._place = {int(token): rank for rank, token in enumerate(self.order)}
         rank = self._place[index]
         return rank, rank + 1
 
@@ -133,8 +141,6 @@ class PrefixIndex:
         if not len(keys):  # nothing can be said: keep one entry that nobody asks for
             keys, low, high = keys.new_full((1,), -1), low.new_zeros(1), high.new_zeros(1)
         spans = torch.tensor(bounds, dtype=torch.long, device=device).reshape(-1, 2)
-        if not hasattr(self, "_order_on"):
-            self._order_on: dict[torch.device, tuple[Tensor, ...]] = {}
         if device not in self._order_on:
             self._order_on[device] = tuple(torch.from_numpy(a).to(device) for a in (self.order, self.rank, self.last))
         order, rank, last = self._order_on[device]

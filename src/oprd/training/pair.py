@@ -109,23 +109,20 @@ def open_pair(
         bridge=bridge,
     )
     student_ends = models.end_token_ids(tokenizer, student.generation_config)
+    teacher_ends = models.end_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config)
+    known = teacher_tokenizer is not None
+    teacher_end = models.end_of_turn(teacher_tokenizer, chat=isinstance(prompt, list)) if known else None
     if crosses:
         preflight.check_crossing(args, shapes.vocab_size, teacher_tokenizer, prompt, has_tools)
-    preflight.check_end_tokens(
-        tokenizer,
-        student_ends,
-        set() if crosses else models.end_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config),
-        None if teacher_tokenizer is None or crosses else teacher_tokenizer.eos_token_id,
-    )
+        preflight.check_end_tokens(tokenizer, student_ends, set())
+    else:
+        preflight.check_end_tokens(tokenizer, student_ends, teacher_ends, teacher_end)
     reader = None
     if reading != preflight.SAME:
-        crossing = (
-            Crossing(
-                tokenizer, teacher_tokenizer, student_ends=student_ends, teacher_end=teacher_tokenizer.eos_token_id
-            )
-            if crosses
-            else None
-        )
+        crossing = None
+        if crosses:
+            ends = {"student_ends": student_ends, "teacher_end": teacher_end, "teacher_ends": teacher_ends}
+            crossing = Crossing(tokenizer, teacher_tokenizer, **ends)
         template = dict(args.chat_template_kwargs or {})
         reader = TeacherReader(teacher_tokenizer, crossing, shapes.teacher_context, template)
         logger.info(
