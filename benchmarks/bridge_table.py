@@ -80,20 +80,20 @@ ORIGIN_ROWS = {
     "bridge, rank 8": Row({**WIDE, **bridge("wide-8")}, RATES),
     "full KL + 0.1 x bridge, full rank": Row({**WIDE, **bridge("wide-full", 0.1), "output_loss": "full"}, RATES),
     "bridge rank 8, then OPD sampled token": Row(
-        {**WIDE, **bridge("wide-8")}, RATES, run=two_stages({"output_loss": "sampled"})
+        {**WIDE, **bridge("wide-8")}, (5e-4,), run=two_stages({"output_loss": "sampled"})
     ),
     "bridge rank 8, then the head alone (full KL)": Row(
-        {**WIDE, **bridge("wide-8")}, RATES, run=two_stages({"output_loss": "full", "trainable": "head"})
+        {**WIDE, **bridge("wide-8")}, (1e-3,), run=two_stages({"output_loss": "full", "trainable": "head"})
     ),
     "bridge full rank, then OPD full KL": Row(
-        {**WIDE, **bridge("wide-full")}, RATES, run=two_stages({"output_loss": "full"})
+        {**WIDE, **bridge("wide-full")}, (1e-3,), run=two_stages({"output_loss": "full"})
     ),
     **{f"bridge, rank {rank}": Row({**WIDE, **bridge(f"wide-{rank}")}, (1e-3,)) for rank in RANKS[1:]},
     "bridge full rank, closed-form head": Row({**WIDE, **bridge("wide-full")}, (1e-3,), run=closed_form_head),
     "bridge full rank, refitted three times": Row({**WIDE, **bridge("wide-full")}, (1e-3,), run=refitted),
-    "full KL + 1 x bridge, full rank": Row({**WIDE, **bridge("wide-full", 1.0), "output_loss": "full"}, RATES),
+    "full KL + 1 x bridge, full rank": Row({**WIDE, **bridge("wide-full", 1.0), "output_loss": "full"}, (1e-3,)),
     "OPD top-16": Row({**WIDE, **OUTPUT, "output_loss": "top_k"}, RATES),
-    "the head alone (full KL)": Row({**WIDE, **OUTPUT, "output_loss": "full", "trainable": "head"}, (1e-3, 2e-3)),
+    "the head alone (full KL)": Row({**WIDE, **OUTPUT, "output_loss": "full", "trainable": "head"}, (1e-3,)),
     "control: random bridge, rank 8": Row({**WIDE, **bridge("wide-random")}, (1e-3,)),
     "control: random teacher, full KL": Row(
         {**WIDE, "teacher_model_name_or_path": RANDOM_TEACHER, **OUTPUT, "output_loss": "full"}, (1e-3,)
@@ -133,7 +133,7 @@ def boundaries_only() -> None:
 
 TOKENIZER_ROWS = {
     "prefix marginals, full KL": Row(OUTPUT | {"output_loss": "full"}, RATES, **TOKENIZER),
-    "prefix marginals, top-16": Row(OUTPUT | {"output_loss": "top_k"}, RATES, **TOKENIZER),
+    "prefix marginals, top-16": Row(OUTPUT | {"output_loss": "top_k"}, (5e-4,), **TOKENIZER),
     "prefix marginals, sampled token": Row(OUTPUT | {"output_loss": "sampled"}, RATES, **TOKENIZER),
     "bridge auto rank, aligned on bytes": Row(bridge("digit-auto") | {"output_loss": "none"}, RATES, **TOKENIZER),
     "bridge rank 4, aligned on bytes": Row(bridge("digit-4") | {"output_loss": "none"}, (1e-3,), **TOKENIZER),
@@ -141,11 +141,13 @@ TOKENIZER_ROWS = {
         bridge("index-auto") | {"output_loss": "none"}, (1e-3,), patch=by_index, **TOKENIZER
     ),
     "prefix marginals + 0.1 x bridge, full rank": Row(
-        bridge("digit-full", 0.1) | {"output_loss": "full"}, RATES, **TOKENIZER
+        bridge("digit-full", 0.1) | {"output_loss": "full"}, (5e-4,), **TOKENIZER
     ),
-    "prefix marginals + 1 x bridge, full rank": Row(bridge("digit-full") | {"output_loss": "full"}, RATES, **TOKENIZER),
+    "prefix marginals + 1 x bridge, full rank": Row(
+        bridge("digit-full") | {"output_loss": "full"}, (5e-4,), **TOKENIZER
+    ),
     "prefix marginals at common boundaries only": Row(
-        OUTPUT | {"output_loss": "full"}, (1e-3,), patch=boundaries_only, **TOKENIZER
+        OUTPUT | {"output_loss": "full"}, (5e-4,), patch=boundaries_only, **TOKENIZER
     ),
     "control: random bridge, rank 8": Row(bridge("digit-random") | {"output_loss": "none"}, (1e-3,), **TOKENIZER),
     "control: random teacher, prefix marginals": Row(
