@@ -6,53 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oprd.bridge import Bridge, BridgeFitter, model_fingerprint
+from oprd.bridge import BridgeFitter, model_fingerprint
 from oprd.objectives import map_layers, position_weights
 from oprd.states import make_rollout
 from oprd.training.objective import Objective, student_loss, teacher_states
 from tiny import (
     VOCAB,
+    WIDE,
     canned_completion,
     canned_trainer,
     logged,
+    merged_tokenizer,
+    random_bridge,
     reference_states,
     tiny_batch,
     tiny_model,
     tiny_tokenizer,
 )
-
-WIDE = {"layers": 5, "width": 24}
-
-
-def random_bridge(rank=3, *, student_width=16, teacher_width=24, layers=3, teacher_layers=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    return Bridge(
-        map_layers(layers, teacher_layers),
-        draw(layers, rank, student_width),
-        draw(layers, student_width),
-        draw(layers, rank, teacher_width),
-        draw(layers, teacher_width),
-    )
-
-
-def merged_tokenizer():
-    """The tiny tokenizer with pairs of letters as tokens of their own, most of them out of the reach of single letters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"[: VOCAB - 2]
-    pairs = [a + b for a in letters for b in letters if (ord(a) + ord(b)) % 3]
-    vocabulary = {token: index for index, token in enumerate(["<eot>", "<pad>", *pairs, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [(p[0], p[1]) for p in pairs]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".+"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eot>", padding_side="left"
-    )
 
 
 @pytest.mark.parametrize("kind", ["normalized_mse", "mse", "cosine"])

@@ -21,6 +21,8 @@ CASES = {
         "position_k": 2,
         "answers": ["7"] * 16,
     },
+    "through a bridge": {"other": "shape", "lm_head": "keep"},
+    "another tokenizer, bridge and prefix marginals": {"other": "tokenizer", "output_loss": "top_k"},
 }
 
 
