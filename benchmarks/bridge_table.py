@@ -207,7 +207,7 @@ def _fit(pair: str) -> None:
         by_index()
     recipe = "miniature-bridge" if pair == "wide" else "miniature-tokenizer"
     settings = {"config": recipe, "bridge": FITTED / f"{pair}-full", "bridge_rank": "full", "bridge_prompts": 2000}
-    _, full = fit(flags({**settings, "representation_weight": 1, "disable_tqdm": "true", "output_dir": OUT / "fit"}))
+    _, full, _ = fit(flags({**settings, "representation_weight": 1, "disable_tqdm": "true", "output_dir": OUT / "fit"}))
     for rank in ("1", "2", "4", "8", "16", "32", "auto"):
         chosen = full.report["rank"]["theorem"] if rank == "auto" else int(rank)
         full.truncate(chosen).save_pretrained(FITTED / f"{pair}-{rank}")

@@ -64,8 +64,8 @@ def _bridge(arguments: list[str]) -> int:
         _show_events()
         from oprd.training.run import fit
 
-        directory, bridge = fit([argument for argument in rest if argument != "--json"])
-        return _show_bridge(bridge, directory / "plots", as_json)
+        directory, bridge, is_main = fit([argument for argument in rest if argument != "--json"])
+        return _show_bridge(bridge, directory / "plots", as_json) if is_main else 0
     options = _bridge_parser().parse_args(arguments)
     from oprd.bridge import Bridge
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,7 +69,7 @@ def test_chunks_order_and_merging_do_not_matter(cuts, order, fitters):
     student, teacher = (rows[list(order)] for rows in rows_of())
     edges = [0, *sorted(cuts), N]
     parts = [Moments.empty(STUDENT, TEACHER) for _ in range(fitters)]
-    for place, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for place, (start, end) in enumerate(pairwise(edges)):
         parts[place % fitters].update(student[start:end], teacher[start:end])
     merged = parts.pop()
     for part in parts:

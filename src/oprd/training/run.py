@@ -218,14 +218,15 @@ def _bridge_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> R
     return build_trainer(data, rollout_settings(args), copy.copy(model), RolloutTrainer)
 
 
-def fit(arguments: list[str]) -> tuple[Path, Bridge]:
+def fit(arguments: list[str]) -> tuple[Path, Bridge, bool]:
     """``oprd bridge fit``: from a training recipe to a bridge in the folder that ``bridge`` names, or
-    ``output_dir/bridge``."""
+    ``output_dir/bridge``; the folder, the bridge, and whether this is the main process."""
     data, args, model, settings = parse(arguments, "bridge fit")
     directory = Path(args.bridge if args.bridge not in (None, "auto") else Path(args.output_dir) / "bridge")
     if (directory / "bridge.json").exists():
         raise ValueError(f"{directory} already holds a bridge. Choose another folder with --bridge DIR, or remove it.")
-    return directory, fit_bridge(lambda: _bridge_trainer(data, args, model), settings, directory)
+    bridge = fit_bridge(lambda: _bridge_trainer(data, args, model), settings, directory)
+    return directory, bridge, PartialState().is_main_process
 
 
 def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path, bool]:
