@@ -245,18 +245,20 @@ def theorem_error(variances, r_squared, rank):
     """Theorem 3 in words: signal given up behind the rank, noise taken in before it, each layer over its variance."""
     error = 0.0
     for variance, rho in zip(variances, r_squared, strict=True):
+        rho = [max(r, 0) for r in rho]  # a direction where the student does harm has no signal, and no less than none
         lost = sum(lam * r for lam, r in zip(variance[rank:], rho[rank:], strict=True))
         noise = sum(lam * (1 - r) for lam, r in zip(variance[:rank], rho[:rank], strict=True))
         error += (lost + noise) / sum(variance)
     return error
 
 
-numbers = st.lists(st.floats(0.001, 1), min_size=6, max_size=6)
+def six(low):
+    return st.lists(st.floats(low, 1), min_size=6, max_size=6)
 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    layers=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=3),
+    layers=st.lists(st.tuples(six(0.001), six(-3)), min_size=1, max_size=3),
     highest=st.integers(1, 6),
 )
 def test_theorem_rank_is_the_best_by_brute_force(layers, highest):
@@ -276,6 +278,10 @@ def test_theorem_rank_is_where_a_falling_r_squared_crosses_a_half():
     assert theorem_rank([variance], [torch.full((10,), 0.9).double()], 10) == 10
     assert theorem_rank([variance], [torch.full((10,), 0.9).double()], 4) == 4
     assert theorem_rank([variance], [torch.full((10,), -5.0).double()], 10) == 1
+
+
+def test_one_direction_that_does_harm_does_not_hide_the_rest():
+    assert theorem_rank([torch.ones(5)], [torch.tensor([0.9, -5.0, 0.9, 0.9, 0.9])], 5) == 5
 
 
 def test_theorem_rank_hears_every_layer_alike():

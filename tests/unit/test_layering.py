@@ -88,7 +88,9 @@ def test_files_stay_small():
 
 
 def test_public_names():
-    from oprd import OPRDConfig, OPRDTrainer  # noqa: F401
+    from oprd import Bridge, OPRDConfig, OPRDTrainer  # noqa: F401
+    from oprd.bridge import Bridge as FromItsWing
+    from oprd.bridge import BridgeFitter  # noqa: F401
     from oprd.evaluation import avg_at_k, best_at_k, distinct_n, extract_boxed, grade, pass_at_k  # noqa: F401
     from oprd.objectives import (  # noqa: F401
         full_vocab_loss,
@@ -100,3 +102,6 @@ def test_public_names():
         select_positions,
         top_k_loss,
     )
+    from oprd.states import align_ends, token_byte_ends  # noqa: F401
+
+    assert Bridge is FromItsWing

@@ -48,10 +48,10 @@ class Bridge:
     ) -> None:
         self.layer_map = [int(layer) for layer in layer_map]
         self._tensors = {
-            "student_map": student_maps,
-            "student_mean": student_means,
-            "teacher_map": teacher_maps,
-            "teacher_mean": teacher_means,
+            "student_map": student_maps.detach(),
+            "student_mean": None if student_means is None else student_means.detach(),
+            "teacher_map": teacher_maps.detach(),
+            "teacher_mean": teacher_means.detach(),
         }
         depth, rank = len(self.layer_map), student_maps.shape[1]
         expected = {
@@ -101,7 +101,8 @@ class Bridge:
             raise ValueError(f"The bridge takes {side} states of width {linear.shape[-1]}, not {states.shape[-1]}.")
         if mean is not None:
             states = states - mean[layer - 1].to(states)
-        return states @ linear[layer - 1].to(states).T
+        with torch.autocast(states.device.type, enabled=False):
+            return states @ linear[layer - 1].to(states).T
 
     def project_student(self, layer: int, states: Tensor) -> Tensor:
         """``P_S h`` of student layer ``layer`` (from 1): ``[..., d_S] -> [..., r]``. Gradients reach the states only."""
@@ -214,7 +215,8 @@ class Bridge:
 
 
 def _seal(description: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    plain = json.loads(json.dumps(description))  # numbers for names become text, as they do in the file
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

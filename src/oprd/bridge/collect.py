@@ -35,6 +35,7 @@ class Collection:
         controls: whether to feed controls as well: the same rows with the pairs shuffled, and either model replaced by a
             randomly initialised one. Each is fitted like the bridge, at up to four layers.
         device: where sums are kept.
+        seed: of the held-out sample; another one for each process.
     """
 
     def __init__(
@@ -45,13 +46,17 @@ class Collection:
         *,
         controls: bool = True,
         device: torch.device | str = "cpu",
+        seed: int = 0,
     ) -> None:
         self.fitter = BridgeFitter(layer_map, student_dim, teacher_dim, device=device)
         self.layers = control_layers(len(layer_map))
         few = [layer_map[layer - 1] for layer in self.layers]
         names = (SHUFFLED, RANDOM_TEACHER, RANDOM_STUDENT) if controls else ()
         self.controls = {name: BridgeFitter(few, student_dim, teacher_dim, device=device) for name in names}
+        for fitter in self._fitters().values():
+            fitter.sample = Sample(seed=seed)
         self.batches = 0
+        self._before: list[Tensor] = []  # the teacher's rows of the batch before, for shuffling
 
     def add(
         self,
@@ -74,17 +79,26 @@ class Collection:
         few_own, few_other = ([states[layer - 1] for layer in self.layers] for states in (own, other))
         for name, fitter in self.controls.items():
             a, b = few_own, few_other
+            held_out_N = held_out_B[pairs.row_N]
             if name == SHUFFLED:
-                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.batches)).to(
-                    pairs.row_N.device
-                )
-                b = [rows[order] for rows in few_other]
+                a, b, held_out_N = self._shuffled(a, b, held_out_N, one_response=len(held_out_B) == 1)
             elif name == RANDOM_TEACHER:
                 b = _states(random[name], rollout.teacher, fitter.layer_map, pairs, "teacher")
             else:
                 a = _states(random[name], rollout.student, self.layers, pairs, "student")
-            self._update(fitter, a, b, held_out_B[pairs.row_N])
+            self._update(fitter, a, b, held_out_N)
+        self._before = few_other if self.controls and len(held_out_B) == 1 else []
         self.batches += 1
+
+    def _shuffled(
+        self, own: list[Tensor], other: list[Tensor], held_out_N: Tensor, *, one_response: bool
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Pairs that belong to other positions; of a batch of one response, to the response before, whose topic is its own."""
+        source = self._before if one_response and self._before else other
+        generator = torch.Generator().manual_seed(self.batches)
+        order = torch.randperm(len(source[0]), generator=generator).to(source[0].device)[: len(held_out_N)]
+        count = len(order)
+        return [rows[:count] for rows in own], [rows[order] for rows in source], held_out_N[:count]
 
     @staticmethod
     def _update(fitter: BridgeFitter, own: list[Tensor], other: list[Tensor], held_out_N: Tensor) -> None:
@@ -112,6 +126,7 @@ class Collection:
                 for layer, sums in enumerate(moments):
                     counts[f"{name}/{part}/{layer}"] = sums.count
                     tensors |= {f"{name}/{part}/{layer}/{n}": t.contiguous() for n, t in sums.tensors().items()}
+            tensors[f"{name}/sample/generator"] = fitter.sample._generator.get_state()
             if len(fitter.sample):
                 tensors[f"{name}/sample/keys"] = fitter.sample.keys
                 for side in ("student", "teacher"):
@@ -134,6 +149,7 @@ class Collection:
                 fitter.train = self._moments(file, f"{name}/train", about["counts"], fitter)
                 fitter.held_out = self._moments(file, f"{name}/held_out", about["counts"], fitter) or None
                 sample = Sample()
+                sample._generator.set_state(file.get_tensor(f"{name}/sample/generator"))
                 if f"{name}/sample/keys" in file.keys():  # noqa: SIM118 - not a dictionary
                     depth = range(len(fitter.layer_map))
                     sample.keys = file.get_tensor(f"{name}/sample/keys")

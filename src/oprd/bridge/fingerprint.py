@@ -24,12 +24,14 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(causal_lm(model).named_parameters()):
-        if "lora_" in name:
+        if "lora_" in name or ".modules_to_save." in name:
             continue
         values = gathered(parameter).detach().flatten()
         places = torch.linspace(0, values.numel() - 1, min(SAMPLES, values.numel()), dtype=torch.float64).long()
         sample = values[places.to(values.device)].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
+        digest.update(
+            f"{name.replace('.base_layer', '').replace('.original_module', '')}{tuple(parameter.shape)}".encode()
+        )
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
 

@@ -67,8 +67,10 @@ class BridgeFitter:
         """
         for states, side, width in ((student, "student", self.dims[0]), (teacher, "teacher", self.dims[1])):
             self._check(states, side, width)
-        if any(len(own) != len(other) for own, other in zip(student, teacher, strict=True)):
-            raise ValueError("student and teacher have different numbers of rows; rows are pairs.")
+        if len({len(rows) for rows in (*student, *teacher)}) > 1:
+            raise ValueError("student and teacher have different numbers of rows, or their layers do; rows are pairs.")
+        if len(student[0]) == 0:
+            return
         if held_out and self.held_out is None:
             self.held_out = [Moments.empty(*self.dims, self.device) for _ in self.layer_map]
         for moments, own, other in zip(self.held_out if held_out else self.train, student, teacher, strict=True):

@@ -79,11 +79,12 @@ def solve(
         len(gram), dtype=gram.dtype, device=gram.device
     )
     cross = moments.cross_covariance() @ directions.T
+    noise = 1e-13 * float(moments.student_gram(centred=False).diagonal().mean())  # smaller pivots are rounding
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) == 0:
+    if int(failed) == 0 and float(factor.diagonal().square().min()) > noise:
         student_map = torch.cholesky_solve(cross, factor).T
     else:  # rank-deficient rows and no ridge: the minimiser of least norm
-        student_map = (torch.linalg.pinv(gram, hermitian=True) @ cross).T
+        student_map = (torch.linalg.pinv(gram, atol=noise, rtol=0.0, hermitian=True) @ cross).T
     return LayerSolution(
         directions, moments.teacher_mean, student_map, moments.student_mean if intercept else None, variance
     )

@@ -30,7 +30,7 @@ class PrefixTable:
     ``keys_M // V_S``, student token ``keys_M % V_S`` is the range ``low_M .. high_M`` of that order. Keys rise. Pairs that
     are not listed are beyond what one teacher token can say. ``residue_low_U .. residue_high_U``: the tokens that start
     with a residue. ``rank_V``, ``last_V``: the student's own byte order; token t extends s if
-    ``rank[s] < rank[t] <= last[s]``.
+    ``rank[s] < rank[t] <= last[s]``. ``canonical_V``: of student tokens with the same bytes, the one that is listed.
     """
 
     order_V: Tensor
@@ -41,6 +41,7 @@ class PrefixTable:
     residue_high_U: Tensor
     rank_V: Tensor
     last_V: Tensor
+    canonical_V: Tensor
 
     def lookup(self, residue_n: Tensor, tokens_nK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ranges ``low``, ``high`` ``[n, K]`` and whether there is one, bool."""
@@ -91,15 +92,25 @@ def _masses(
     return torch.where(found, mass, 0.0), found, residue
 
 
-def _ancestor(tokens_nK: Tensor, can_nK: Tensor, table: PrefixTable) -> Tensor:
-    """For every support token, the column of the longest other one that is a prefix of it and can hold mass; else -1."""
+def _extends(tokens_nK: Tensor, can_nK: Tensor, table: PrefixTable) -> Tensor:
+    """Bool ``[n, K token, K prefix]``: the second's bytes are a proper prefix of the first's, and it can hold mass."""
     rank, last = table.rank_V[tokens_nK], table.last_V[tokens_nK]
-    extends = (rank.unsqueeze(2) > rank.unsqueeze(1)) & (rank.unsqueeze(2) <= last.unsqueeze(1))  # [n, token, prefix]
-    depth = torch.where(
-        extends & can_nK.unsqueeze(1), rank.unsqueeze(1), -1
-    )  # of nested prefixes the longest sorts last
+    extends = (rank.unsqueeze(2) > rank.unsqueeze(1)) & (rank.unsqueeze(2) <= last.unsqueeze(1))
+    return extends & can_nK.unsqueeze(1)
+
+
+def _parents(extends: Tensor, rank_nK: Tensor) -> Tensor:
+    """For every support token, the column of its longest prefix; -1 if it has none."""
+    depth = torch.where(extends, rank_nK.unsqueeze(1), -1)  # of nested prefixes the longest sorts last
     deepest, column = depth.max(dim=2)
     return torch.where(deepest >= 0, column, -1)
+
+
+def _without_children(inclusive_nK: Tensor, parent_nK: Tensor) -> Tensor:
+    """What an event holds beyond the events nested in it."""
+    held = torch.where(parent_nK >= 0, inclusive_nK, 0.0)
+    nested = torch.zeros_like(inclusive_nK).scatter_add(1, parent_nK.clamp(min=0), held)
+    return (inclusive_nK - nested).clamp(min=0)
 
 
 def prefix_kl(
@@ -113,12 +124,14 @@ def prefix_kl(
 ) -> PrefixTerms:
     """Reverse KL from the student's next-token distribution to the teacher's, on events that both can tell apart.
 
-    The support is the student's top ``k`` and the sampled token (``k=None``: the whole vocabulary). Each support token is
-    an event of its own if one teacher token can say it, or if it is the sampled one, whose probability along the actual
-    text is ``chain_n`` where it takes several. Tokens that are longer than the teacher's are counted with the longest
-    support token that is a prefix of theirs, or with the rest; a shorter token's event leaves out the longer ones that
-    have their own. Everything outside the support is one event, the rest, on both sides: the value is a lower bound of
-    the full divergence, and exact where every student token has an event of its own.
+    The support is the student's top ``k`` and the sampled token (``k=None``: the whole vocabulary). A support token s has an
+    event, "the text goes on with s", if one teacher token can say it, or if it is the sampled one, whose probability along
+    the actual text is ``chain_n`` where it takes several. Its mass is m(s) for the teacher and, for the student, the sum
+    over all of its tokens that begin with s, in the support or not; a longer event within it is taken out on both sides, so
+    events are disjoint. All else is one event, the rest. So the value is the reverse KL of two coarse-grained
+    distributions: never above the full divergence, 0 where the two models agree, and exact where every student token has
+    an event of its own. (A chain may run through teacher tokens shorter than another event's: then that event is widened to
+    hold it, and masses that would exceed 1 are scaled.)
 
     Args:
         student_logits, teacher_logits: ``[n, V_S]``, ``[n, V_T]``, the teacher's at its anchors.
@@ -126,45 +139,56 @@ def prefix_kl(
         chain_n: log probability of the sampled token where it takes several teacher tokens (not yet relative to the
             residue), NaN where one is enough.
     """
-    log_p = student_logits.float().log_softmax(-1)
-    size = log_p.shape[-1]
+    p = student_logits.float().softmax(-1)
+    tokens_n = table.canonical_V[tokens_n]
+    size = p.shape[-1]
     if k is None or k >= size:
-        support = torch.arange(size, device=log_p.device).expand(len(log_p), -1)
+        support = torch.arange(size, device=p.device).expand(len(p), -1)
         counts = torch.ones_like(support, dtype=torch.bool)
     else:
-        top = log_p.detach().topk(k, dim=-1).indices
+        top = p.detach().topk(k, dim=-1).indices
         support = torch.cat([top, tokens_n.unsqueeze(1)], 1)
         counts = torch.ones_like(support, dtype=torch.bool)
         counts[:, -1] = (top != tokens_n.unsqueeze(1)).all(1)
     with torch.no_grad():
-        cumulative = sorted_mass(teacher_logits, table.order_V)
-        mass, own_event, residue = _masses(cumulative, residue_n, support, table)
+        mass, found, residue = _masses(sorted_mass(teacher_logits, table.order_V), residue_n, support, table)
         is_sampled = support == tokens_n.unsqueeze(1)
-        chained = is_sampled & ~chain_n.isnan().unsqueeze(1)
+        event = (found | is_sampled) & counts
+        chained = is_sampled & event & ~chain_n.isnan().unsqueeze(1)
         chain = (chain_n.double() - residue.clamp(min=1e-30).log()).exp().clamp(max=1.0).unsqueeze(1)
-        mass = torch.where(chained, chain, mass)
-        own_event = (own_event | is_sampled) & counts
-        parent = _ancestor(support, own_event, table)
-        columns = torch.arange(support.shape[1], device=support.device).expand_as(support)
-        rest = support.shape[1]
-        event = torch.where(own_event, columns, torch.where(parent >= 0, parent, rest))
-        inclusive = torch.where(own_event, mass, 0.0)
-        nested = torch.zeros_like(inclusive).scatter_add_(1, parent.clamp(min=0), inclusive * (parent >= 0))
-        exclusive = (inclusive - nested).clamp(min=0)
-        teacher_rest = (1 - exclusive.sum(1)).clamp(min=0)
-        log_q = torch.cat([exclusive, teacher_rest.unsqueeze(1)], 1).clamp(min=FLOOR).log().float()
+        mass = torch.where(event, torch.where(chained, chain, mass), 0.0)
+        extends = _extends(support, event, table)
+        widened = (extends & chained.unsqueeze(2)).any(1)  # events that the chain runs through
+        mass = torch.where(widened, torch.maximum(mass, chain), mass)
+        parent = torch.where(event, _parents(extends, table.rank_V[support]), -1)
+        teacher = _without_children(mass, parent)
+        teacher = teacher / teacher.sum(1, keepdim=True).clamp(min=1.0)
+        teacher_rest = (1 - teacher.sum(1)).clamp(min=0)
+        log_q = torch.cat([teacher, teacher_rest.unsqueeze(1)], 1).clamp(min=FLOOR).log().float()
         supervised = residue > LEAST_RESIDUE_MASS
-    p = log_p.gather(1, support).exp() * counts
-    events = torch.zeros(len(p), rest + 1, dtype=p.dtype, device=p.device).scatter_add(1, event, p)
-    told = events[:, :rest]
-    student_rest = (1 - told.sum(1, keepdim=True)).clamp(min=FLOOR * FLOOR)
-    events = torch.cat([told, student_rest], 1)
+    student = _without_children(torch.where(event, _student_mass(p, support, table), 0.0), parent)
+    student_rest = (1 - student.sum(1, keepdim=True)).clamp(min=FLOOR * FLOOR)
+    events = torch.cat([student, student_rest], 1).float()
     present = events > 0
     log_events = torch.where(present, events, 1.0).log()
     cost = (torch.where(present, events, 0.0) * (log_events - log_q)).sum(1)
     return PrefixTerms(
-        torch.where(supervised, cost, 0.0), supervised, student_rest.squeeze(1).detach(), teacher_rest.float()
+        torch.where(supervised, cost, 0.0),
+        supervised,
+        student_rest.squeeze(1).detach().float(),
+        teacher_rest.float(),
     )
+
+
+def _student_mass(p_nV: Tensor, support_nK: Tensor, table: PrefixTable) -> Tensor:
+    """Student's mass on all tokens that begin with each support token, ``[n, K]``, float64: the token's own and, from
+    prefix sums in byte order, that of the longer ones."""
+    order = torch.empty_like(table.rank_V)
+    order[table.rank_V] = torch.arange(len(order), device=order.device)
+    cumulative = torch.nn.functional.pad(p_nV[:, order].double().cumsum(-1), (1, 0))
+    first, last = table.rank_V[support_nK] + 1, table.last_V[support_nK] + 1
+    longer = cumulative.gather(1, last) - cumulative.gather(1, first)
+    return p_nV.gather(1, support_nK).double() + torch.where(last > first, longer.clamp(min=0), 0.0)
 
 
 def prefix_sampled(
@@ -184,7 +208,8 @@ def prefix_sampled(
     chosen = log_p.gather(1, tokens_n.unsqueeze(1)).squeeze(1)
     with torch.no_grad():
         cumulative = sorted_mass(teacher_logits, table.order_V)
-        mass, _, residue = _masses(cumulative, residue_n, tokens_n.unsqueeze(1), table)
+        listed = table.canonical_V[tokens_n].unsqueeze(1)
+        mass, _, residue = _masses(cumulative, residue_n, listed, table)
         chain = (chain_n.double() - residue.clamp(min=1e-30).log()).exp()
         mass = torch.where(chain_n.isnan(), mass.squeeze(1), chain).clamp(FLOOR, 1.0)
         supervised = residue > LEAST_RESIDUE_MASS

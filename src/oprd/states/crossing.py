@@ -25,7 +25,8 @@ class Crossed:
 
     ``partner[i]``: how many teacher tokens have consumed the same text as the student's first i, or -1. ``anchor[i]``: the
     last teacher boundary at or before that text, and ``residue[i]`` the bytes since. ``path[i]``: what the teacher must say
-    for the student's token i, as steps ``(teacher position, bytes or token id)``; empty where it cannot say it.
+    for the student's token i, as steps ``(teacher position, bytes or token id)``; empty where it cannot say it. ``dropped``:
+    what the first student token loses in decoding and the teacher does not spell either.
     """
 
     teacher_ids: list[int] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Crossed:
     anchor: list[int] = field(default_factory=list)
     residue: list[bytes] = field(default_factory=list)
     path: list[list[tuple[int, bytes | int]]] = field(default_factory=list)
+    dropped: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,13 @@ def readable(raw: bytes) -> tuple[str, list[int]]:
 
     Bytes that are not UTF-8 become U+FFFD one by one; an incomplete last character is left out.
     """
-    try:
-        raw.decode()
-        complete = len(raw)
-    except UnicodeDecodeError as error:
-        complete = error.start if error.end == len(raw) and "unexpected end" in error.reason else len(raw)
-        if complete == len(raw):  # an earlier fault may hide an incomplete tail
-            for tail in (1, 2, 3):
-                try:
-                    raw[len(raw) - tail :].decode()
-                except UnicodeDecodeError as last:
-                    if "unexpected end" in last.reason and last.start == 0:
-                        complete = len(raw) - tail
+    complete = len(raw)
+    for tail in range(1, min(3, len(raw)) + 1):
+        try:
+            raw[len(raw) - tail :].decode()
+        except UnicodeDecodeError as fault:
+            if "unexpected end" in fault.reason and fault.start == 0:
+                complete = len(raw) - tail
     places, end, text = [0], 0, []
     for character in raw[:complete].decode("utf-8", "surrogateescape"):
         if "\udc80" <= character <= "\udcff":
@@ -145,14 +142,26 @@ class Crossing:
         text, places = readable(raw)
         content = text.encode()
         teacher_ids, teacher_ends = self.teacher.read(text)
+        before = self.teacher.before(teacher_ids)
         crossed.teacher_ids += teacher_ids
+        # What the teacher spells may open with a space that is not in the text. It counts as consumed from the start.
+        content, lead = before + content, len(before)
         # Where the teacher can stand, and how many of its tokens lie before: never in the middle of a token.
-        consumed = {0: 0} | {end: place + 1 for place, end in enumerate(teacher_ends) if end != NOWHERE}
+        consumed = {0: 0} | {end + lead: place + 1 for place, end in enumerate(teacher_ends) if end != NOWHERE}
         stands = sorted(consumed)
-        now, cursor = 0, 0  # the student's place, and the last stand at or before it
+        now, cursor = lead, 0  # the student's place, and the last stand at or before it
+        own = self.student.before(ids) if at_start else b""
+        if own and own == before:  # both have the space still to say
+            now = 0
+        elif own:
+            crossed.dropped = own
+        if len(stands) > 1 and stands[1] == now:
+            cursor = 1
+        crossed.anchor[-1] = base + consumed[stands[cursor]]
+        crossed.residue[-1] = content[stands[cursor] : now]
         for raw_end in raw_ends:
-            end = places[raw_end]
-            if end == NOWHERE:  # inside an incomplete last character: all of the readable text, and a rest
+            end = places[raw_end] + lead
+            if places[raw_end] == NOWHERE:  # inside an incomplete last character: all of the readable text, and a rest
                 cursor = len(stands) - 1
                 residue = content[stands[cursor] :] + raw[places.index(NOWHERE) - 1 : raw_end]
                 crossed.path.append([])
@@ -167,7 +176,7 @@ class Crossing:
                 if end > now:  # the token that covers the student's place: whatever starts with these bytes
                     steps.append((base + consumed[stands[last]], content[stands[last] : end]))
                 residue, now = content[stands[cursor] : end], end
-                crossed.path.append(steps if end > 0 else [])
+                crossed.path.append(steps)
             crossed.partner.append(NOWHERE if residue else base + consumed[stands[cursor]])
             crossed.anchor.append(base + consumed[stands[cursor]])
             crossed.residue.append(residue)

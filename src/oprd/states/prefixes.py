@@ -34,16 +34,14 @@ class PrefixIndex:
     def __init__(self, crossing: Crossing) -> None:
         student, teacher = crossing.student, crossing.teacher
         atoms = crossing.meanings
-        ordinary = [
-            index for index in range(teacher.size) if teacher.tokens[index] and index not in crossing.teacher_ends
-        ]
+        by_meaning = {atom for atom in atoms.values() if atom is not None} | crossing.teacher_ends
+        ordinary = [index for index in range(teacher.size) if teacher.tokens[index] and index not in by_meaning]
         ordinary.sort(key=teacher.tokens.__getitem__)
         self._sorted = [teacher.tokens[index] for index in ordinary]
         # Tokens that are handed over by meaning are found by it, not by bytes: each has a place behind the others. The ways
         # to end a turn come first and together, so that their probabilities add up in one range.
         ends = sorted(crossing.teacher_ends)
-        apart = {atom for atom in atoms.values() if atom is not None and not teacher.tokens[atom]}
-        apart |= {index for index in teacher.special if index < teacher.size}
+        apart = by_meaning | {index for index in teacher.special if index < teacher.size}
         self.order = np.array([*ordinary, *ends, *sorted(apart - set(ends))], dtype=np.int64)
         self._place = {int(index): rank for rank, index in enumerate(self.order)}
         self._atoms = {
@@ -58,16 +56,19 @@ class PrefixIndex:
             self._atoms[main] = (self._place[ends[0]], self._place[ends[-1]] + 1)
         self._by_bytes = {text: index for text, index in student.ids_by_bytes.items() if index not in atoms}
         self.size = student.size
-        self._student_order(student.tokens)
-        self._residues: dict[bytes, int] = {b"": 0}
-        self._names: list[bytes] = [b""]
+        self._student_order([b"" if index in atoms else text for index, text in enumerate(student.tokens)])
+        self._residues: dict[tuple[bytes, bytes], int] = {(b"", b""): 0}
+        self._names: list[tuple[bytes, bytes]] = [(b"", b"")]
         self._entries: dict[int, Entries] = {}
         self._bounds: dict[int, tuple[int, int]] = {}
         self._order_on: dict[torch.device, tuple[Tensor, ...]] = {}
         self._on_device: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
     def _student_order(self, tokens: Sequence[bytes]) -> None:
-        """Rank of every student token by bytes, and the last rank of those that extend it."""
+        """Rank of every student token by bytes, the last rank of those that extend it, and its listed double."""
+        self.canonical = np.array(
+            [self._by_bytes.get(text, index) if text else index for index, text in enumerate(tokens)]
+        )
         ordered = sorted(
             range(self.size), key=lambda index: (tokens[index], self._by_bytes.get(tokens[index]) != index)
         )
@@ -92,23 +93,35 @@ class PrefixIndex:
         rank = self._place[index]
         return rank, rank + 1
 
-    def residue(self, text: bytes) -> int:
-        """The number of a residue; 0 is none."""
-        if text not in self._residues:
-            self._residues[text] = len(self._names)
-            self._names.append(text)
-        return self._residues[text]
+    def residue(self, text: bytes, dropped: bytes = b"") -> int:
+        """The number of a residue; 0 is none. ``dropped``: what a student token loses at its front here (a space that
+        decoding drops and the teacher does not spell)."""
+        if (text, dropped) not in self._residues:
+            self._residues[text, dropped] = len(self._names)
+            self._names.append((text, dropped))
+        return self._residues[text, dropped]
 
     def entries(self, residue: int) -> Entries:
         """Every student token that one teacher token can say after the residue, with its range."""
         if residue not in self._entries:
-            prefix = self._names[residue]
+            prefix, dropped = self._names[residue]
             self._bounds[residue] = self.span(prefix)
-            found = self._first_entries() if not prefix else self._entries_after(prefix)
+            if dropped:
+                found = self._entries_without(prefix, dropped)
+            else:
+                found = self._first_entries() if not prefix else self._entries_after(prefix)
             tokens = sorted(found)
             ranges = np.array([found[token] for token in tokens], dtype=np.int64).reshape(-1, 2)
             self._entries[residue] = np.array(tokens, dtype=np.int64), ranges[:, 0], ranges[:, 1]
         return self._entries[residue]
+
+    def _entries_without(self, prefix: bytes, dropped: bytes) -> dict[int, tuple[int, int]]:
+        """Where tokens lose ``dropped``, a token that has it to lose is listed rather than its double that has not."""
+        texts = {
+            text.removeprefix(dropped): token for text, token in self._by_bytes.items() if text.startswith(dropped)
+        }
+        spans = ((token, self.span(prefix + text)) for text, token in texts.items())
+        return {token: span for token, span in spans if span[1] > span[0]} | ({} if prefix else self._atoms)
 
     def _first_entries(self) -> dict[int, tuple[int, int]]:
         spans = ((token, self.span(text)) for text, token in self._by_bytes.items())
@@ -142,6 +155,8 @@ class PrefixIndex:
             keys, low, high = keys.new_full((1,), -1), low.new_zeros(1), high.new_zeros(1)
         spans = torch.tensor(bounds, dtype=torch.long, device=device).reshape(-1, 2)
         if device not in self._order_on:
-            self._order_on[device] = tuple(torch.from_numpy(a).to(device) for a in (self.order, self.rank, self.last))
-        order, rank, last = self._order_on[device]
-        return PrefixTable(order, keys, low, high, spans[:, 0], spans[:, 1], rank, last)
+            self._order_on[device] = tuple(
+                torch.from_numpy(a).to(device) for a in (self.order, self.rank, self.last, self.canonical)
+            )
+        order, rank, last, canonical = self._order_on[device]
+        return PrefixTable(order, keys, low, high, spans[:, 0], spans[:, 1], rank, last, canonical)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,10 +61,11 @@ class Vocabulary:
         self.tokens: list[bytes] = [b""] * self.size
         for text, index in vocabulary.items():
             if index not in self.special:
-                self.tokens[index] = self.added[index].encode() if index in self.added else self._bytes_of(text)
+                spelled = (self._prefix + self.added[index]).encode() if index in self.added else self._bytes_of(text)
+                self.tokens[index] = spelled
 
     def _read_decoder(self, decoder: dict[str, Any] | None) -> None:
-        self._byte_level, self._byte_fallback, self._leading_spaces = False, False, 0
+        self._byte_level, self._byte_fallback, self._first_has_no_spaces = False, False, False
         self._replacements: list[tuple[str, str]] = []
         self._prefix = "" if decoder else " "  # no decoder: decoding joins tokens with spaces
         self._leading_spaces = 0 if decoder else 1
@@ -76,7 +79,7 @@ class Vocabulary:
                 self._replacements.append((step["pattern"]["String"], step["content"]))
             elif kind == "Metaspace":
                 self._replacements.append((step["replacement"], " "))
-                self._leading_spaces = 0 if step.get("prepend_scheme") == "never" else 1
+                self._first_has_no_spaces = step.get("prepend_scheme") != "never"
             elif kind == "Strip" and step["content"] == " " and not step["stop"]:
                 self._leading_spaces = step["start"]
             elif kind != "Fuse":
@@ -100,12 +103,17 @@ class Vocabulary:
 
         ``at_start``: the sequence opens a text, where decoding may drop a space.
         """
-        text = b"".join(self.tokens[self._known(index)] for index in ids)
+        pieces = [self.tokens[self._known(index)] for index in ids]
+        if at_start and self._first_has_no_spaces:  # Metaspace drops every space of the first token
+            first = next((place for place, index in enumerate(ids) if index not in self.special), None)
+            if first is not None:
+                pieces[first] = pieces[first].replace(b" ", b"")
+        text = b"".join(pieces)
         spaces = len(text) - len(text.lstrip(b" "))
         dropped = min(spaces, self._leading_spaces) if at_start else 0
         end, ends = -dropped, []
-        for index in ids:
-            end += len(self.tokens[index])
+        for piece in pieces:
+            end += len(piece)
             ends.append(max(end, 0))
         return text[dropped:], ends
 
@@ -124,6 +132,11 @@ class Vocabulary:
                 found.setdefault(self.tokens[index], index)
         return found
 
+    def before(self, ids: Sequence[int]) -> bytes:
+        """What a sequence spells before its text: the space that decoding drops, where there is one."""
+        spelled, whole = self.spell(ids)[0], self.spell(ids, at_start=False)[0]
+        return whole[: len(whole) - len(spelled)] if whole.endswith(spelled) else b""
+
     def read(self, text: str) -> tuple[list[int], list[int]]:
         """Tokens of a piece of text and the byte offset after each; -1 where a token does not end at a byte of its own.
 
@@ -135,17 +148,46 @@ class Vocabulary:
         encoding = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, truncation=False
         )
-        ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+        ids = encoding["input_ids"]
         spelled, ends = self.spell(ids)
         if spelled == text.encode():
             return ids, ends
-        ends, size = [], [0]
+        return ids, self._ends_in_original(text, spelled, ends, encoding["offset_mapping"])
+
+    def _ends_in_original(
+        self, text: str, spelled: bytes, ends: list[int], spans: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """Ends in the bytes of a text that the tokenizer changed while it read it.
+
+        A normalizer is undone cluster by cluster (a character and what composes with it): its own offsets end a composed
+        character before the mark. Any other change is left to the tokenizer's offsets.
+        """
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        clusters = _clusters(text)
+        normal = [normalizer.normalize_str(cluster).encode() for cluster in clusters] if normalizer else []
+        if b"".join(normal) == spelled and normal:
+            original, place, offsets = 0, 0, {0: 0}
+            for cluster, changed in zip(clusters, normal, strict=True):
+                original, place = original + len(cluster.encode()), place + len(changed)
+                offsets[place] = original
+            return [offsets.get(end, -1) for end in ends]
+        size = [0]
         for character in text:
             size.append(size[-1] + len(character.encode()))
-        for place, (_, end) in enumerate(spans):
-            inside = place + 1 < len(spans) and spans[place + 1][0] < end
-            ends.append(-1 if inside else size[end])
-        return ids, ends
+        inside = [after[0] < end for (_, end), after in pairwise([*spans, (len(text), len(text))])]
+        return [-1 if cut else size[end] for cut, (_, end) in zip(inside, spans, strict=True)]
+
+
+def _clusters(text: str) -> list[str]:
+    """Characters with what may compose with them: combining marks, and the vowels and finals of Korean syllables."""
+    clusters: list[str] = []
+    for character in text:
+        joins = unicodedata.category(character).startswith("M") or "\u1160" <= character <= "\u11ff"
+        if joins and clusters:
+            clusters[-1] += character
+        else:
+            clusters.append(character)
+    return clusters
 
 
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Vocabulary]] = WeakKeyDictionary()

@@ -119,6 +119,7 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
         *(config.hidden_size for config in configs),
         controls=settings.bridge_controls,
         device=accelerator.device,
+        seed=accelerator.process_index,
     )
     random = {}
     if settings.bridge_controls:

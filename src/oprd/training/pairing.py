@@ -98,7 +98,7 @@ class TeacherReader:
                 column(crossed.partner[i]),
                 column(crossed.partner[i + 1]),
                 column(crossed.anchor[i]),
-                0 if self.index is None else self.index.residue(crossed.residue[i]),
+                0 if self.index is None else self.index.residue(crossed.residue[i], b"" if i else crossed.dropped),
             )
             for i in range(len(crossed.path))
         ]
