@@ -78,6 +78,10 @@ ORIGIN_ROWS = {
     "OPD full KL": Row({**WIDE, **OUTPUT, "output_loss": "full"}, RATES),
     "OPD sampled token": Row({**WIDE, **OUTPUT, "output_loss": "sampled"}, RATES),
     "bridge, rank 8": Row({**WIDE, **bridge("wide-8")}, RATES),
+    "head metric alone": Row({**WIDE, "representation_weight": 0, "logit_weight": 1}, (1e-3, 2e-3)),
+    "full KL + head metric": Row(
+        {**WIDE, "representation_weight": 0, "logit_weight": 1, "output_loss": "full"}, (1e-3,)
+    ),
     "full KL + 0.1 x bridge, full rank": Row({**WIDE, **bridge("wide-full", 0.1), "output_loss": "full"}, RATES),
     "bridge rank 8, then OPD sampled token": Row(
         {**WIDE, **bridge("wide-8")}, (5e-4,), run=two_stages({"output_loss": "sampled"})
