@@ -39,8 +39,8 @@ def two_stages(second: dict):
     return run
 
 
-def closed_form_head(key: Key, directory: Path, arguments: dict) -> Path:
-    """The whole budget through the bridge, then the head W_T C_TS C_SS^-1 from a pass over fresh rollouts."""
+def with_closed_form_head(first: str | Path, directory: Path, arguments: dict) -> Path:
+    """The model at ``first`` under the head W_T C_TS C_SS^-1, from a pass over fresh rollouts of its own."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,12 +48,12 @@ def closed_form_head(key: Key, directory: Path, arguments: dict) -> Path:
     from oprd.training.bridging import collect
     from oprd.training.run import _bridge_trainer, parse
 
-    first = one_run(key, directory / "first", arguments)
-    data, args, model, settings = parse(
-        flags({**arguments, "model_name_or_path": first, "output_dir": directory, "bridge_prompts": 512})
-    )
+    directory.mkdir(parents=True, exist_ok=True)
+    arguments = {**arguments, "model_name_or_path": first, "output_dir": directory, "bridge_prompts": 512}
+    data, args, model, settings = parse(flags(arguments))
     collection, _ = collect(_bridge_trainer(data, args, model), settings, directory)
     moments = collection.fitter.train[-1]
+    first = resolve_path(str(first))
     student = AutoModelForCausalLM.from_pretrained(first)
     teacher = AutoModelForCausalLM.from_pretrained(resolve_path(arguments["teacher_model_name_or_path"]))
     linear = torch.linalg.solve(moments.student_student, moments.student_teacher).T  # h_T ~ linear h_S
@@ -62,6 +62,34 @@ def closed_form_head(key: Key, directory: Path, arguments: dict) -> Path:
     student.save_pretrained(directory / "final")
     AutoTokenizer.from_pretrained(first).save_pretrained(directory / "final")
     return directory / "final"
+
+
+def head_at_the_start(key: Key, directory: Path, arguments: dict) -> Path:
+    """No training at all."""
+    return with_closed_form_head("miniature:student", directory, arguments)
+
+
+def head_at_the_end(key: Key, directory: Path, arguments: dict) -> Path:
+    """The whole budget through the bridge, then the head."""
+    return with_closed_form_head(one_run(key, directory / "first", arguments), directory, arguments)
+
+
+def head_in_the_middle(key: Key, directory: Path, arguments: dict) -> Path:
+    """Half of the budget through the bridge, the head, then full KL."""
+    half = arguments["max_steps"] // 2
+    first = one_run(key, directory / "first", {**arguments, "max_steps": half, "learning_rate": 1e-3})
+    second = with_closed_form_head(first, directory / "second", arguments)
+    rest = {k: v for k, v in arguments.items() if k not in bridge("")}
+    return one_run(
+        key, directory, {**rest, **OUTPUT, "output_loss": "full", "max_steps": half, "model_name_or_path": second}
+    )
+
+
+def head_then_kl(key: Key, directory: Path, arguments: dict) -> Path:
+    """The head without any training through a bridge, then the whole budget of full KL."""
+    second = with_closed_form_head("miniature:student", directory / "second", arguments)
+    rest = {k: v for k, v in arguments.items() if k not in bridge("")}
+    return one_run(key, directory, {**rest, **OUTPUT, "output_loss": "full", "model_name_or_path": second})
 
 
 def refitted(key: Key, directory: Path, arguments: dict) -> Path:
@@ -93,7 +121,15 @@ ORIGIN_ROWS = {
         {**WIDE, **bridge("wide-full")}, (1e-3,), run=two_stages({"output_loss": "full"})
     ),
     **{f"bridge, rank {rank}": Row({**WIDE, **bridge(f"wide-{rank}")}, (1e-3,)) for rank in RANKS[1:]},
-    "bridge full rank, closed-form head": Row({**WIDE, **bridge("wide-full")}, (1e-3,), run=closed_form_head),
+    "bridge full rank, closed-form head at the end": Row(
+        {**WIDE, **bridge("wide-full")}, (1e-3, 2e-3), run=head_at_the_end
+    ),
+    "bridge full rank, closed-form head, full KL": Row(
+        {**WIDE, **bridge("wide-full")}, (1e-3,), run=head_in_the_middle
+    ),
+    "control: OPD full KL, 300 updates": Row({**WIDE, **OUTPUT, "output_loss": "full", "max_steps": 300}, (1e-3,)),
+    "control: closed-form head, then full KL": Row({**WIDE, **bridge("wide-full")}, (1e-3,), run=head_then_kl),
+    "control: closed-form head, no training": Row({**WIDE, **bridge("wide-full")}, (1e-3,), run=head_at_the_start),
     "bridge full rank, refitted three times": Row({**WIDE, **bridge("wide-full")}, (1e-3,), run=refitted),
     "full KL + 1 x bridge, full rank": Row({**WIDE, **bridge("wide-full", 1.0), "output_loss": "full"}, (1e-3,)),
     "OPD top-16": Row({**WIDE, **OUTPUT, "output_loss": "top_k"}, RATES),

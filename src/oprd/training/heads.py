@@ -8,6 +8,7 @@ from torch import nn
 from oprd import models
 from oprd.bridge import Bridge
 from oprd.training.objective import Objective
+from oprd.training.solved_head import why_head_cannot_be_solved
 
 logger = get_logger(__name__)
 
@@ -30,21 +31,48 @@ def check_loaded(student: nn.Module, teacher: nn.Module, *, is_fsdp: bool) -> No
 
 
 def adopt_or_keep(
-    student: nn.Module, teacher: nn.Module, lm_head: str, vocab_size: int, foreign: str | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    lm_head: str,
+    vocab_size: int,
+    foreign: str | None = None,
+    *,
+    through_bridge: bool = False,
+    other_vocabulary: bool = False,
+    trains_output: bool = False,
 ) -> tuple[str, str]:
     """Settle ``lm_head`` and, for ``teacher``, copy the teacher's head over the student's.
 
     Args:
         foreign: why the teacher's head could say nothing about the student's states (another basis, another vocabulary).
+        through_bridge, other_vocabulary, trains_output: what ``solved`` depends on. Through a bridge ``auto`` is ``solved``
+            where that can be and no output loss trains the head.
 
     Returns:
-        ``teacher``, ``keep`` or ``freeze``, and in words what is known about the two heads.
+        ``teacher``, ``keep``, ``freeze`` or ``solved``, and in words what is known about the two heads.
 
     Raises:
         ValueError: a head that cannot be adopted, or frozen, although that was asked for.
     """
     if lm_head == "freeze" and models.is_tied(student):
         raise ValueError("lm_head: freeze would freeze the input embeddings too: this student ties them. Use keep.")
+    if lm_head in ("solved", "auto") and through_bridge:
+        reason = (
+            "the teacher has another vocabulary" if other_vocabulary else why_head_cannot_be_solved(student, teacher)
+        )
+        reason = reason or ("an output loss trains the head" if trains_output and lm_head == "auto" else None)
+        if reason is None:
+            return "solved", (
+                "oprd train solves it at the end; with the trainer alone, call oprd.training.solved_head.solve_head(trainer) "
+                "after train()"
+            )
+        foreign = f"{foreign}; not solved: {reason}"
+        if lm_head == "solved":
+            raise ValueError(f"lm_head: solved cannot be: {reason}. Use lm_head: auto.")
+    elif lm_head == "solved":
+        raise ValueError(
+            "lm_head: solved is for states that move through a bridge, and there is none. Use lm_head: auto."
+        )
     if foreign:
         if lm_head == "teacher":
             raise ValueError(f"lm_head: teacher cannot be: {foreign}. Use lm_head: auto.")
@@ -84,7 +112,7 @@ def freeze_and_report(
         head.requires_grad_(False)
     trained = any(parameter.requires_grad for parameter in head.parameters())
     own = "the student's own"
-    how = {"teacher": "the teacher's, adopted", "keep": own, "freeze": f"{own}, frozen"}[lm_head]
+    how = {"teacher": "the teacher's, adopted", "keep": own, "freeze": f"{own}, frozen", "solved": own}[lm_head]
     logger.info(
         f"LM head: {how} ({why}); {'trained' if trained else 'not trained'}; logit_weight {objective.logit_weight:g}. "
         f"{frozen:,} parameters that no loss reaches are frozen."
@@ -95,7 +123,7 @@ def freeze_and_report(
             "The student keeps its own LM head and nothing trains it: where the teacher's differs, matching states may not "
             f"move accuracy. {remedy}"
         )
-    if objective.bridge is not None:
+    if objective.bridge is not None and lm_head != "solved":
         warn_of_harm(objective.bridge, trains_output=objective.uses_output)
     if lm_head == "teacher" and models.causal_lm(student) is not student:
         logger.warning(
@@ -116,6 +144,10 @@ def warn_of_harm(bridge: Bridge, *, trains_output: bool) -> None:
             f"This bridge will probably do harm: mapped into the student's space, the teacher's states agree with the teacher's "
             f"own choice of token at {mapped:.1%} of positions, the student already at {own:.1%}. What the map loses is more "
             "than the student lacks. "
-            + ("Lower representation_weight" if trains_output else "Distil with output_loss: top_k or full instead")
+            + (
+                "Lower representation_weight"
+                if trains_output
+                else "Solve the head (lm_head: solved) or distil with output_loss"
+            )
             + " (docs/results.md)."
         )

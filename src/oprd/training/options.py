@@ -7,7 +7,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "output_loss": ("none", "sampled", "top_k", "full"),
     "top_k_support": ("student", "teacher", "union", "intersection"),
     "reduction": ("sequence", "token"),
-    "lm_head": ("auto", "teacher", "keep", "freeze"),
+    "lm_head": ("auto", "teacher", "keep", "freeze", "solved"),
     "trainable": ("all", "head"),
 }
 
@@ -35,7 +35,9 @@ HELP: dict[str, str] = {
     "top_k_renormalize": "Renormalise both distributions on the support; false is the paper's experiments.",
     "reduction": "sequence: mean over each response, then over responses (Eq. 6); token: mean over all positions.",
     "lm_head": "teacher: start from the teacher's LM head; keep: the student's own; freeze: its own, not trained; "
-    "auto: teacher where heads are untied and of one shape, else keep.",
+    "solved: its own while it trains through a bridge, then W_T C_TS C_SS^-1 from a last pass (one vocabulary); "
+    "auto: teacher where heads are untied and of one shape, solved through a bridge where no output loss trains the head, else "
+    "keep.",
     "trainable": "all: the whole student; head: its LM head alone, to calibrate it (needs an output loss, untied).",
     "eos_token": "Token that ends the student's responses, where it is not its tokenizer's own (a base model taught by a chat "
     "model).",

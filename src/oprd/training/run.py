@@ -22,6 +22,7 @@ from oprd.training.callbacks import MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 from oprd.training.prompts import load_prompts
+from oprd.training.solved_head import solve_head
 from oprd.training.trainer import OPRDTrainer
 
 Configs = tuple["DataConfig", OPRDConfig, ModelConfig, BridgeConfig]
@@ -296,6 +297,8 @@ def _one_stage(data: DataConfig, args: OPRDConfig, model: ModelConfig, bridge: B
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or (last if data.resume else None))
+    if trainer.lm_head == "solved":
+        solve_head(trainer)
     save_final(trainer, directory / "final")
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -90,6 +90,8 @@ class OPRDTrainer(DistillationTrainer):
         args = args or OPRDConfig("oprd")
         if args.use_vllm and not is_vllm_available():
             raise ValueError('vLLM is not installed: pip install "oprd[vllm]", or set use_vllm: false.')
+        if args.lm_head == "solved" and args.fsdp:
+            raise ValueError("lm_head: solved writes the whole head at the end, which FSDP shards. Use DDP or ZeRO-2.")
         if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
                 "DeepSpeed ZeRO-3 partitions the LM head before it can be compared or adopted, which this version does not "
@@ -147,7 +149,16 @@ class OPRDTrainer(DistillationTrainer):
         heads.check_loaded(self.model, teacher, is_fsdp=self.is_fsdp_enabled)
         pair.check_bridge(self.model, teacher)
         self._end_where_told(args.eos_token)
-        self.lm_head, why = heads.adopt_or_keep(self.model, teacher, args.lm_head, shapes.vocab_size, pair.foreign)
+        self.lm_head, why = heads.adopt_or_keep(
+            self.model,
+            teacher,
+            args.lm_head,
+            shapes.vocab_size,
+            pair.foreign,
+            through_bridge=bridge is not None and not self.is_fsdp_enabled,
+            other_vocabulary=shapes.teacher_vocab_size is not None,
+            trains_output=args.output_loss != "none",
+        )
         self.objective = args.objective(
             layers=shapes.layers,
             num_layers=shapes.num_layers,
