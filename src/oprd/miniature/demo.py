@@ -39,7 +39,7 @@ DEMOS = {
         "wide-teacher",
         "student",
         {
-            "bridge": ("miniature-bridge", {}),
+            "bridge, then full KL": ("miniature-bridge", {}),
             "full KL": (
                 "miniature",
                 {
@@ -129,10 +129,13 @@ def run_demo(out: str, *, which: str = "same", steps: int | None = None, seed: i
         }
         arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         started = time.perf_counter()
-        run(["--config", recipe, *arguments], description=name)
+        last, _ = run(["--config", recipe, *arguments], description=name)
         seconds = time.perf_counter() - started
-        rows.append(_evaluate(name, str(directory / "final"), demo.max_new_tokens) | {"seconds": round(seconds)})
+        rows.append(_evaluate(name, str(last / "final"), demo.max_new_tokens) | {"seconds": round(seconds)})
         curves[name] = read_metrics(directory / "metrics.jsonl")
+        if last != directory:  # a second stage goes on counting
+            steps_before = curves[name][-1]["step"]
+            curves[name] += [row | {"step": row["step"] + steps_before} for row in read_metrics(last / "metrics.jsonl")]
     references = {f"{row['model']} (T=0.7)": row[f"Avg@{SAMPLES}"] / 100 for row in rows[:2]}
     plot_runs(curves, root / "plots", references=references)
     return rows
