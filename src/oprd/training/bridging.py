@@ -289,8 +289,10 @@ def fit_bridge(build: Callable[[], RolloutTrainer], settings: BridgeConfig, dire
     about_heads = logging.getLogger("oprd.training.heads")  # nothing is trained here, so it has nothing to say
     level = about_heads.level
     about_heads.setLevel(logging.ERROR)
-    trainer = build()
-    about_heads.setLevel(level)
+    try:
+        trainer = build()
+    finally:
+        about_heads.setLevel(level)
     started = time.perf_counter()
     collection, facts = collect(trainer, settings, directory)
     collected = time.perf_counter() - started
