@@ -201,8 +201,9 @@ def prefix_sampled(
 ) -> PrefixTerms:
     """Eq. 3 across tokenizers: the sampled token's ``log p(y) - log m(y)`` with the policy gradient of `sampled_token`.
 
-    Along a response the m(y) multiply to the teacher's probability of the text in its own tokens, so the costs add up to
-    the log-ratio of the whole text (and, between two common boundaries, of that chunk).
+    Along a response the m(y) multiply to the teacher's probability of whatever starts with the text in its own tokens: an upper
+    bound of the text's, and equal to it where no longer token has mass. So the costs add up to the log-ratio of the whole
+    text (and, between two common boundaries, of that chunk).
     """
     log_p = student_logits.float().log_softmax(-1)
     chosen = log_p.gather(1, tokens_n.unsqueeze(1)).squeeze(1)
