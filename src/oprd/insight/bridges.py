@@ -105,6 +105,7 @@ def _plot_ranks(report: Report):
         axes.plot(*zip(*points, strict=True), style, label=column, linewidth=1.8, marker="o", markersize=3)
     axes.axvline(report["rank"]["taken"], color="0.5", linewidth=1, label="rank taken")
     axes.set_xscale("log", base=2)
+    axes.set_xticks([row["rank"] for row in rows], [str(row["rank"]) for row in rows])
     _legend(axes)
     return "bridge-rank", figure
 
