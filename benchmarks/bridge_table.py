@@ -200,12 +200,14 @@ ORIGIN = Table(
     ORIGIN_ROWS,
     {"teacher": ("miniature:wide-teacher", 44), "student": ("miniature:student", 44)},
     LIMITS,
+    recorded=Path(__file__).parent / "recorded" / "bridge-origin.jsonl",
 )
 TOKENS = Table(
     OUT / "tokenizer",
     TOKENIZER_ROWS,
     {"teacher": ("miniature:teacher", 44), "student": ("miniature:digit-student", 56)},
     LIMITS,
+    recorded=Path(__file__).parent / "recorded" / "bridge-tokenizer.jsonl",
 )
 
 

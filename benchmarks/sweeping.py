@@ -48,14 +48,15 @@ class Table:
     limits: tuple[float, float] = (6e-5, 2e-2)
     steps: int = 200
     batch: int = 32
+    recorded: Path | None = None  # results that are kept with the code; runs add to them
 
     def results(self) -> dict[Key, dict]:
         """What has been run; a later line adds to an earlier one."""
-        path = self.out / "results.jsonl"
         merged: dict[Key, dict] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            entry = json.loads(line)
-            merged.setdefault((entry["row"], entry["lr"], entry["seed"]), {}).update(entry)
+        for path in (self.recorded, self.out / "results.jsonl"):
+            for line in path.read_text().splitlines() if path is not None and path.exists() else []:
+                entry = json.loads(line)
+                merged.setdefault((entry["row"], entry["lr"], entry["seed"]), {}).update(entry)
         return merged
 
     def keep(self, key: Key, **found: object) -> None:
