@@ -59,8 +59,12 @@ def verdict(report: Report) -> list[str]:
         helps = predicted["mapped_teacher_agreement"] > predicted["student_agreement"]
         lines.append(
             f"the teacher's choice of token: student's own states {predicted['student_agreement']:.1%}, teacher's states mapped "
-            f"into the student's space {predicted['mapped_teacher_agreement']:.1%}: training through this bridge will probably "
-            + ("help" if helps else "do harm; use output_loss: top_k or full")
+            f"into the student's space {predicted['mapped_teacher_agreement']:.1%}: under the student's own LM head this bridge will "
+            + (
+                "probably help"
+                if helps
+                else "probably do harm; solve the head (lm_head: solved) or distil with output_loss"
+            )
         )
     return lines
 
