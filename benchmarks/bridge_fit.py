@@ -55,10 +55,11 @@ def scores(student, targets, maps) -> tuple[float, float]:
 def miniature_states(prompts: int, held_out: bool):
     """States of the miniature's student and wide teacher at the student's own responses: lists of ``[n, d]``."""
     from oprd.bridge.collect import _states
-    from oprd.training.run import _bridge_trainer, parse
+    from oprd.training.recipe import parse
+    from oprd.training.run import _bridge_trainer, load_data
 
-    data, args, model, _ = parse(["--config", "miniature-bridge", "--output_dir", "runs/bridge-fit"])
-    trainer = _bridge_trainer(data, args, model)
+    configs = parse(["--config", "miniature-bridge", "--output_dir", "runs/bridge-fit"])
+    trainer = _bridge_trainer(load_data(configs), configs[1], configs[2])
     start, depth = (len(trainer.train_dataset) - prompts if held_out else 0), 4
     layer_map = map_layers(depth, 6)
     parts = []

@@ -46,12 +46,13 @@ def with_closed_form_head(first: str | Path, directory: Path, arguments: dict) -
 
     from oprd.models import resolve_path
     from oprd.training.bridging import collect
-    from oprd.training.run import _bridge_trainer, parse
+    from oprd.training.recipe import parse
+    from oprd.training.run import _bridge_trainer, load_data
 
     directory.mkdir(parents=True, exist_ok=True)
     arguments = {**arguments, "model_name_or_path": first, "output_dir": directory, "bridge_prompts": 512}
-    data, args, model, settings = parse(flags(arguments))
-    collection, _ = collect(_bridge_trainer(data, args, model), settings, directory)
+    configs = parse(flags(arguments))
+    collection, _ = collect(_bridge_trainer(load_data(configs), configs[1], configs[2]), configs[3], directory)
     moments = collection.fitter.train[-1]
     first = resolve_path(str(first))
     student = AutoModelForCausalLM.from_pretrained(first)

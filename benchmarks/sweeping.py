@@ -171,11 +171,14 @@ def score(path: Path | str, problems: list[dict], max_new_tokens: int) -> dict:
     from oprd.evaluation.evaluate import evaluate
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    found = evaluate(model, tokenizer, problems, max_new_tokens=max_new_tokens)
+    found = evaluate(model, tokenizer, problems, max_new_tokens=max_new_tokens, top_p=1.0, batch_size=512)
     # The task has no spaces: whitespace tokens would be whole answers. Its signs and results are the words.
     spaced = [[" ".join(text.replace("=", " = ").replace("+", " + ").replace("-", " - ").split()) for text in row]
               for row in found.responses]  # fmt: skip
-    return found.summary() | {"distinct_4": distinct_n(spaced)}
+    summary = found.summary()
+    values = {name: summary[name]["value"] for name in ("avg_at_k", "best_at_k", "mean_length")}
+    interval = {f"avg_{end}": summary["avg_at_k"][end] for end in ("low", "high")}
+    return values | interval | {"distinct_4": distinct_n(spaced)} | {n: summary[n] for n in ("samples", "problems")}
 
 
 def main(

@@ -12,4 +12,13 @@ from trl.models import prepare_deepspeed  # isort: skip
 # Whether a vLLM that TRL supports is installed; until TRL exports the question.
 from trl.import_utils import is_vllm_available  # isort: skip
 
-__all__ = ["RepeatSampler", "create_model_from_path", "is_vllm_available", "prepare_deepspeed"]
+# A model that can generate, out of whatever wraps it for training; until accelerate offers the same.
+from trl.models import unwrap_model_for_generation  # isort: skip
+
+__all__ = [
+    "RepeatSampler",
+    "create_model_from_path",
+    "is_vllm_available",
+    "prepare_deepspeed",
+    "unwrap_model_for_generation",
+]

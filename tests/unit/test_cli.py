@@ -9,7 +9,7 @@ import pytest
 
 import oprd
 from oprd.cli import main
-from oprd.training.options import CHOICES, DATA_HELP, HELP
+from oprd.training.options import BENCHMARK_HELP, CHOICES, DATA_HELP, HELP
 
 
 def python(*arguments):
@@ -48,7 +48,7 @@ def test_help_does_not_wait(arguments):
     "what",
     [
         "import oprd, oprd.cli",
-        "from oprd.cli import train_help, build_parser; train_help(); build_parser().format_help()",
+        "from oprd.commands.train import train_help; from oprd.cli import build_parser; train_help(); build_parser().format_help()",
     ],
 )
 def test_nothing_heavy_is_imported_first(what):
@@ -69,11 +69,11 @@ def test_train_help_names_every_setting(run):
     status, out, err = run("train", "--help")
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    for name in [*HELP, *DATA_HELP]:
+    for name in [*HELP, *DATA_HELP, *BENCHMARK_HELP]:
         choices = f" [{'|'.join(CHOICES[name])}]" if name in CHOICES else ""
         assert lines.count(f"  --{name}{choices}") == 1
     flat = " ".join(out.split())
-    for text in [*HELP.values(), *DATA_HELP.values()]:
+    for text in [*HELP.values(), *DATA_HELP.values(), *BENCHMARK_HELP.values()]:
         assert text in flat
 
 
@@ -81,7 +81,7 @@ def test_the_settings_in_the_help_are_those_that_the_parser_takes():
     from dataclasses import fields
 
     from oprd import OPRDConfig
-    from oprd.training.run import DataConfig
+    from oprd.training.recipe import DataConfig
 
     assert {field.name for field in fields(DataConfig)} == {*DATA_HELP, "resume", "then"}
     assert set(HELP) <= {field.name for field in fields(OPRDConfig)} | {"resume"}

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from oprd.evaluation import extract_boxed, grade
@@ -20,12 +22,38 @@ from oprd.evaluation import extract_boxed, grade
         (r"\boxed{}", ""),
         (r"\boxed{1", None),
         (r"\boxed{\boxed{1", None),
+        (r"\boxed {7}", "7"),
+        ("\\boxed\n{7}", "7"),
+        (r"\boxed 5$", "5"),
+        (r"\boxed -1.5, so", "-1.5"),
+        (r"\boxed{4}, that is \boxed 5.", "5"),
+        (r"\boxed 5 is \boxed{4}", "4"),
+        (r"write it in \boxed and stop", None),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right."),  # an escaped brace closes and opens nothing
+        (r"\boxed{x\}}", r"x\}"),
+        (r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"),  # a line break, a brace
+        (r"\\boxed{5}", "5"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"} } \boxed{5} } {", "5"),
+        (r"\boxed{5} \boxes{6} \boxed x", "5"),
         ("the answer is 42", None),
         ("", None),
     ],
 )
 def test_extract_boxed(text, expected):
     assert extract_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\boxed{", "{", "}", "\\", "\\{", "\\boxed ", "\\boxed{\\boxed{}", "\\boxed 1", "\\boxed{1}", "{\\boxed"],
+    ids=repr,
+)
+def test_extraction_takes_linear_time(text):
+    start = time.monotonic()
+    extract_boxed(text * 100_000 + "{}}}" + " " * 100_000)
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize(

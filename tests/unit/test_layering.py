@@ -9,23 +9,29 @@ import oprd
 
 ROOT = Path(oprd.__file__).parent
 # From the ground up. A wing imports those named for it, itself, and libraries.
+GROUND = {"objectives", "models", "records", "prompts"}
 ALLOWED = {
     "objectives": set(),
+    "records": set(),
     "models": set(),
+    "prompts": {"models", "records"},
     "_compat": set(),
     "states": {"objectives", "models"},
-    "evaluation": {"objectives", "models"},
+    "evaluation": {"models", "prompts", "records"},
     "bridge": {"objectives", "models", "states", "evaluation"},
-    "training": {"objectives", "models", "_compat", "states", "evaluation", "bridge"},
-    "insight": {"objectives", "models", "states", "evaluation", "bridge", "training"},
-    "miniature": {"objectives", "models", "states", "evaluation", "bridge", "training", "insight"},
-    "cli": {"bridge", "training", "insight", "miniature"},
+    "lineage": {"models", "records", "evaluation"},
+    "training": GROUND | {"_compat", "states", "evaluation", "bridge", "lineage"},
+    "insight": GROUND | {"states", "evaluation", "bridge", "lineage", "training"},
+    "miniature": GROUND | {"states", "evaluation", "bridge", "lineage", "training", "insight"},
+    "commands": {"records", "bridge", "lineage", "training", "insight", "miniature"},
+    "cli": {"commands"},
     "__main__": {"cli"},
     "__init__": {"bridge", "training"},
 }
 # Pure files: no transformers, no config object. (standard library aside)
 PURE = {
     "objectives": {"torch"},
+    "records.py": set(),
     "states/views.py": {"torch"},
     "states/alignment.py": set(),
     "states/prefixes.py": {"torch", "numpy"},
@@ -34,7 +40,14 @@ PURE = {
     "bridge/report.py": {"torch"},
     "bridge/fit.py": {"torch"},
     "evaluation/metrics.py": {"numpy"},
+    "evaluation/summary.py": {"numpy"},
+    "evaluation/grading.py": set(),
+    "lineage/hashing.py": set(),
+    "lineage/machine.py": set(),
+    "lineage/gates.py": {"yaml"},
+    "lineage/registry.py": {"filelock"},
     "training/options.py": set(),
+    "commands": set(),
     "miniature/task.py": set(),
     "insight/tables.py": set(),
 }

@@ -2,10 +2,20 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.evaluation import avg_at_k, best_at_k, bootstrap_interval, distinct_n, pass_at_k
+from oprd.evaluation import (
+    avg_at_k,
+    avg_per_problem,
+    best_at_k,
+    best_per_problem,
+    bootstrap_interval,
+    distinct_n,
+    distinct_per_problem,
+    pass_at_k,
+    pass_per_problem,
+)
 
 CORRECT = [
     [True, False, False, False],
@@ -49,6 +59,29 @@ def test_pass_at_k_meets_the_other_two_at_its_ends(correct):
     assert pass_at_k(correct, len(correct[0])) == pytest.approx(best_at_k(correct))
 
 
+def test_per_problem_by_hand():
+    assert avg_per_problem(CORRECT).tolist() == [25, 100, 0, 50]
+    assert best_per_problem(CORRECT).tolist() == [100, 100, 0, 100]
+    assert pass_per_problem(CORRECT, 2) == pytest.approx([50, 100, 0, 500 / 6])
+    assert distinct_per_problem([["a b", "c"], ["x"], ["x x x", "x"]], n=2) == pytest.approx(
+        [100, np.nan, 50], nan_ok=True
+    )
+
+
+@given(scores(), st.data())
+def test_metrics_are_means_of_their_per_problem_values(correct, data):
+    k = data.draw(st.integers(1, len(correct[0])))
+    for metric, per_problem in (
+        (avg_at_k, avg_per_problem),
+        (best_at_k, best_per_problem),
+        (lambda rows: pass_at_k(rows, k), lambda rows: pass_per_problem(rows, k)),
+    ):
+        values = per_problem(correct)
+        assert values.shape == (len(correct),)
+        assert values == pytest.approx([metric([row]) for row in correct])  # no problem looks at another
+        assert metric(correct) == pytest.approx(sum(values) / len(values))
+
+
 def test_distinct_n_by_hand():
     assert distinct_n([["a b c d e"]]) == 100
     assert distinct_n([["a a a a a"]]) == 50  # one 4-gram, twice
@@ -76,10 +109,10 @@ def test_interval_narrows_with_problems_and_with_the_level():
     def width(interval):
         return interval[1] - interval[0]
 
-    few = width(bootstrap_interval(CORRECT))
-    many = width(bootstrap_interval(CORRECT * 16))
+    few = width(bootstrap_interval(CORRECT * 8))
+    many = width(bootstrap_interval(CORRECT * 128))
     assert many == pytest.approx(few / 4, rel=0.1)  # 16 times the problems, a quarter of the width
-    assert width(bootstrap_interval(CORRECT * 16, level=0.5)) < many / 2
+    assert width(bootstrap_interval(CORRECT * 128, level=0.5)) < many / 2
 
 
 def test_interval_of_a_binary_score_is_near_the_normal_one():
@@ -96,19 +129,19 @@ def test_interval_resamples_problems_not_samples():
     assert bootstrap_interval(once) == bootstrap_interval(often)
 
 
-def test_interval_of_equal_problems_is_a_point():
-    assert bootstrap_interval([[True, False]] * 7) == (50, 50)
-    assert bootstrap_interval([[True]]) == (100, 100)
+def test_interval_of_equal_problems_is_not_a_point():
+    """All right on 30 problems does not make a model that is always right."""
+    low, high = bootstrap_interval([[True] * 16] * 30)
+    assert (low, high) == (pytest.approx(100 * 30 / (30 + 1.95996**2), abs=1e-3), 100)
+    low, high = bootstrap_interval([[True, False]] * 7)
+    assert low < 25 and high > 75
 
 
-@settings(max_examples=10)
-@given(scores())
-def test_interval_of_another_statistic(correct):
-    rng = np.random.default_rng(3)
-    draws = rng.integers(0, len(correct), size=(40, len(correct)))
-    values = [best_at_k([correct[i] for i in draw]) for draw in draws]
-    interval = bootstrap_interval(correct, best_at_k, level=0.8, resamples=40, seed=3)
-    assert interval == pytest.approx(tuple(np.quantile(values, [0.1, 0.9])))
+def test_interval_of_another_metric_takes_its_per_problem_values():
+    correct = CORRECT * 10
+    low, high = bootstrap_interval(pass_per_problem(correct, 2))
+    assert low < pass_at_k(correct, 2) < high
+    assert bootstrap_interval(avg_per_problem(correct)) == bootstrap_interval(correct)
 
 
 @pytest.mark.parametrize("score", [avg_at_k, best_at_k, bootstrap_interval, lambda correct: pass_at_k(correct, 1)])

@@ -19,10 +19,12 @@ def test_every_option_is_explained_and_every_choice_an_option():
 
 def test_every_setting_of_a_fit_and_of_the_data_is_explained():
     from oprd.training.bridging import BridgeConfig
-    from oprd.training.options import BRIDGE_HELP, DATA_HELP
-    from oprd.training.run import DataConfig
+    from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP
+    from oprd.training.recipe import DataConfig
+    from oprd.training.validation import BenchmarkConfig
 
     assert set(BRIDGE_HELP) == {field.name for field in fields(BridgeConfig)}
+    assert set(BENCHMARK_HELP) == {field.name for field in fields(BenchmarkConfig)}
     assert set(DATA_HELP) | {"resume", "then"} == {field.name for field in fields(DataConfig)}
 
 

@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from oprd.miniature.task import validation
-from oprd.training.prompts import load_prompts
+from oprd.prompts import load_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def test_duplicates_are_dropped_aloud(tmp_path, caplog):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f'{{"prompt": "{prompt}", "answer": "{n}"}}\n' for n, prompt in enumerate("abacb")))
     assert load_prompts(str(path))["prompt"] == list("abacb")
-    with caplog.at_level("INFO", logger="oprd.training.prompts"):
+    with caplog.at_level("INFO", logger="oprd.prompts"):
         kept = load_prompts(str(path), drop_duplicates=True)
     assert (list(kept["prompt"]), list(kept["answer"])) == (["a", "b", "c"], ["0", "1", "3"])
     assert "dropped 2 rows" in caplog.text

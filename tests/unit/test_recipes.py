@@ -7,7 +7,7 @@ import yaml
 
 from oprd.models import resolve_path
 from oprd.objectives import select_layers
-from oprd.training.run import find_recipe, parse
+from oprd.training.recipe import find_recipe, parse
 
 RECIPES = sorted(path.name.removesuffix(".yaml") for path in files("oprd").joinpath("recipes").iterdir())
 
@@ -15,7 +15,7 @@ RECIPES = sorted(path.name.removesuffix(".yaml") for path in files("oprd").joinp
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_parses(name):
     # bf16 needs a GPU that this machine may not have; everything else is as shipped.
-    data, args, model, bridge = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    data, args, model, bridge, _ = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
     text = find_recipe(name).read_text()
     assert f"--config {name}" in text.split("\nmodel_name_or_path")[0]
     settings = yaml.safe_load(text)
@@ -57,7 +57,7 @@ def test_a_recipe_is_found_by_path_or_name(tmp_path):
 )
 def test_published_settings_of_the_bridge(name, rank):
     """The paper's runs across architectures and tokenizers, value by value."""
-    data, args, _, bridge = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    data, args, _, bridge, _ = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
     assert (args.bridge, bridge.rank, bridge.bridge_prompts, data.then) == ("auto", rank, 2000, None)
     assert (args.layers, args.positions, args.position_k) == ("all", "last_k", 2000)
     assert (args.representation_loss, args.output_loss) == ("normalized_mse", "none")

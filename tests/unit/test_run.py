@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from oprd.training.run import _resolved, parse
+from oprd.training.recipe import parse, resolved
 
 
 def recipe(tmp_path, **settings):
@@ -18,20 +18,18 @@ def test_the_record_repeats_the_run_and_keeps_secrets(tmp_path):
         "hub_token": "hf_secret",
         "resume": True,
     }
-    record = _resolved(
-        parse(["--config", recipe(tmp_path, **given), "--accelerator_config", '{"split_batches": true}'])
-    )
+    record = resolved(parse(["--config", recipe(tmp_path, **given), "--accelerator_config", '{"split_batches": true}']))
     assert "hf_secret" not in yaml.safe_dump(record)
     assert "resume" not in record
     again = parse(["--config", recipe(tmp_path, **record)])
-    assert _resolved(again) == record
-    _, args, model, _ = again
+    assert resolved(again) == record
+    _, args, model, *_ = again
     assert (args.learning_rate, args.layers, model.lora_target_modules) == (3e-5, [1, 2], ["q_proj", "up_proj"])
     assert args.accelerator_config.split_batches is True
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
-    _, args, _, _ = parse(["--config", recipe(tmp_path, learning_rate=3e-5), "--learning_rate", "1e-4"])
+    _, args, *_ = parse(["--config", recipe(tmp_path, learning_rate=3e-5), "--learning_rate", "1e-4"])
     assert args.learning_rate == 1e-4
 
 
@@ -49,9 +47,10 @@ def test_abbreviations_are_not_settings(tmp_path):
 
 
 def test_evaluation_needs_both_of_its_settings(tmp_path):
-    from oprd.training.run import build_trainer
+    from oprd.training.run import load_data
 
-    shared = {"model_name_or_path": "miniature:student", "dataset_name": "miniature:train.jsonl"}
+    shared = {"model_name_or_path": "miniature:student", "teacher_model_name_or_path": "miniature:teacher"}
+    shared["dataset_name"] = "miniature:train.jsonl"
     for half in ({"eval_dataset_name": "miniature:test.jsonl"}, {"eval_strategy": "steps", "eval_steps": 1}):
         with pytest.raises(ValueError, match="one is missing"):
-            build_trainer(*parse(["--config", recipe(tmp_path, **shared, **half)]))
+            load_data(parse(["--config", recipe(tmp_path, **shared, **half)]))

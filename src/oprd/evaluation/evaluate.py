@@ -1,101 +1,272 @@
-"""Sample k answers to every problem with transformers, and grade them."""
+"""Draw k answers to every problem and grade them: in memory, or into a folder that a killed evaluation continues."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
 
-from oprd.evaluation.grading import grade
-from oprd.evaluation.metrics import avg_at_k, best_at_k, bootstrap_interval
-from oprd.models import end_token_ids
+from oprd.evaluation.benchmarks import Benchmark, Problem, problem_id
+from oprd.evaluation.grading import extract_boxed, judge
+from oprd.evaluation.sampling import Engine, Sampling, TransformersEngine
+from oprd.evaluation.summary import Evaluation, Graded, graded_of
+from oprd.records import read_json, whole_lines, write_json, write_text
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Outcome of ``k`` samples for each problem."""
-
-    correct: list[list[bool]]
-    responses: list[list[str]]
-    lengths: list[list[int]]
-
-    def summary(self) -> dict[str, float]:
-        """Avg@k with its 95 % interval, Best@k, mean length in tokens."""
-        low, high = bootstrap_interval(self.correct)
-        lengths = [length for row in self.lengths for length in row]
-        return {
-            "avg_at_k": avg_at_k(self.correct),
-            "avg_low": low,
-            "avg_high": high,
-            "best_at_k": best_at_k(self.correct),
-            "mean_length": sum(lengths) / len(lengths),
-            "samples": len(self.correct[0]),
-            "problems": len(self.correct),
-        }
+RESPONSES, PROBLEMS, SETTINGS, SUMMARY = "responses.jsonl", "problems.json", "settings.json", "summary.json"
 
 
-@torch.no_grad()
-def evaluate(
-    model,
-    tokenizer,
-    problems: Sequence[dict[str, str]],
-    *,
-    samples: int = 16,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    max_new_tokens: int,
-    batch_size: int = 512,
-    seed: int = 0,
-    progress: str | None = None,
-) -> Evaluation:
-    """Draw ``samples`` answers to each problem (a text ``prompt``, reference ``answer``) and grade the last boxed one.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], template: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Token ids of every prompt, chat messages through the template (with ``template``'s own arguments).
 
-    ``progress`` names a progress bar on stderr. The random state outside is left as it was.
+    Raises:
+        ValueError: a prompt of no tokens, named by its place.
     """
-    from tqdm.auto import tqdm
-    from transformers import GenerationConfig
+    encoded = []
+    for place, problem in enumerate(problems, 1):
+        if isinstance(problem.prompt, str):
+            ids = tokenizer(problem.prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(
+                problem.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(template or {})
+            )["input_ids"]
+        if not ids:
+            raise ValueError(f"Problem {place} ({problem.id}) has no tokens in this model's vocabulary.")
+        encoded.append(ids)
+    return encoded
 
-    ends = end_token_ids(tokenizer, model.generation_config)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(ends),
-        cache_implementation="static",
-        disable_compile=True,
-    )
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt"]))  # alike lengths pad little
-    jobs = [index for index in order for _ in range(samples)]
-    responses: list[list[str]] = [[] for _ in problems]
-    lengths: list[list[int]] = [[] for _ in problems]
-    was_training = model.training
-    model.eval()
-    end_ids = torch.tensor(sorted(ends), device=model.device)
-    try:
-        with (
-            torch.random.fork_rng(),
-            tqdm(total=len(jobs), desc=progress, unit="answer", disable=progress is None) as bar,
-        ):
-            torch.manual_seed(seed)
-            for start in range(0, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                texts = [problems[i]["prompt"] for i in batch]
-                inputs = tokenizer(texts, padding=True, return_tensors="pt", padding_side="left")
-                inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-                generated = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-                ended = torch.isin(generated, end_ids).cumsum(1) > 0
-                kept = (~ended).sum(1) + ended.any(1)  # the end token counts
-                for index, ids, length in zip(batch, generated, kept.tolist(), strict=True):
-                    responses[index].append(tokenizer.decode(ids[:length], skip_special_tokens=True))
-                    lengths[index].append(length)
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
-    correct = [
-        [grade(text, problem["answer"]) for text in row] for row, problem in zip(responses, problems, strict=True)
+
+def room_for(prompts: Sequence[list[int]], context: int | None, wanted: int | None, most: int) -> int:
+    """New tokens that every prompt leaves room for: ``wanted``, or up to ``most`` where that is open.
+
+    Raises:
+        ValueError: ``wanted`` does not fit, or nothing does; the longest prompt is named.
+    """
+    longest = max(range(len(prompts)), key=lambda place: len(prompts[place]))
+    room = most if context is None else context - len(prompts[longest])
+    if room < max(1, wanted or 1):
+        raise ValueError(
+            f"Problem {longest + 1}: a prompt of {len(prompts[longest])} tokens leaves {max(room, 0)} of the context of "
+            f"{context} for an answer" + (f", not {wanted}. Lower max_new_tokens." if wanted else ".")
+        )
+    return wanted or min(room, most)
+
+
+def batches_of(prompts: Sequence[list[int]], sampling: Sampling) -> list[list[tuple[int, int]]]:
+    """(problem, sample) of every answer, a batch at a time; prompts of like length together, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
+    jobs = [(place, sample) for place in order for sample in range(sampling.samples)]
+    return [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """The seed of a batch: a later one does not depend on those before it."""
+    return int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
+
+
+def _answers(
+    engine: Engine,
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    wanted: Sequence[int],
+    progress: str | None,
+) -> Iterator[list[Graded]]:
+    """Graded answers of the batches in ``wanted``, one batch at a time."""
+    from tqdm.auto import tqdm
+
+    batches = batches_of(prompts, sampling)
+    total = len(prompts) * sampling.samples
+    missing = sum(len(batches[number]) for number in wanted)
+    with tqdm(total=total, initial=total - missing, desc=progress, unit="answer", disable=progress is None) as bar:
+        for number in wanted:
+            batch = batches[number]
+            answers = engine.generate(
+                [prompts[place] for place, _ in batch], sampling, batch_seed(sampling.seed, number)
+            )
+            graded = []
+            for (place, sample), answer in zip(batch, answers, strict=True):
+                problem = problems[place]
+                graded.append(
+                    Graded(
+                        problem.id,
+                        place,
+                        sample,
+                        number,
+                        problem.answer,
+                        extract_boxed(answer.text),
+                        str(judge(answer.text, problem.answer)),
+                        answer.tokens,
+                        answer.cut_off,
+                        answer.text,
+                    )
+                )
+            yield graded
+            bar.update(len(batch))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[dict[str, Any] | Problem],
+    *,
+    progress: str | None = None,
+    part: tuple[int, int] = (0, 1),
+    **sampling: Any,
+) -> Evaluation | list[Graded]:
+    """Draw answers with transformers and grade them, in memory.
+
+    Args:
+        problems: `Problem`, or mappings with ``prompt`` (text or chat messages) and ``answer``.
+        progress: names a progress bar on stderr.
+        part: (i, n): only the i-th of n parts of the batches, as a list of answers; several processes share the work.
+        sampling: fields of `Sampling`.
+    """
+    chosen = Sampling(**sampling)
+    problems = [
+        p if isinstance(p, Problem) else Problem(problem_id(p["prompt"], p["answer"]), p["prompt"], p["answer"])
+        for p in problems
     ]
-    return Evaluation(correct, responses, lengths)
+    engine = TransformersEngine(model, tokenizer)
+    prompts = encode_prompts(tokenizer, problems)
+    numbers = range(len(batches_of(prompts, chosen)))[part[0] :: part[1]]
+    graded = [a for batch in _answers(engine, problems, prompts, chosen, numbers, progress) for a in batch]
+    return Evaluation.of(graded) if part == (0, 1) else graded
+
+
+def record(
+    engine: Engine,
+    benchmark: Benchmark,
+    sampling: Sampling,
+    directory: Path,
+    *,
+    identity: dict[str, Any],
+    template: dict[str, Any] | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate into ``directory`` and return the summary; a killed evaluation continues where it was.
+
+    A batch is generated, graded and appended to ``responses.jsonl`` as one; what a kill cut short is drawn again with
+    the same seed, so the file comes out the same. ``summary.json`` is written at the end.
+
+    Args:
+        identity: what makes this evaluation this one (model, hashes); kept in ``settings.json`` with the sampling and the
+            benchmark. Continuing with other settings is refused.
+        template: arguments of the chat template.
+
+    Raises:
+        ValueError: the folder holds an evaluation with other settings (each is named), or another process writes there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(benchmark, sampling, engine.name, identity, template)
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        with lock:
+            _same_settings(directory, settings)
+            write_json(directory / PROBLEMS, [vars(problem) for problem in benchmark.problems])
+            prompts = encode_prompts(engine.tokenizer, benchmark.problems, template)
+            room_for(prompts, engine.context, sampling.max_new_tokens, sampling.max_new_tokens)
+            batches = batches_of(prompts, sampling)
+            graded = _kept(directory / RESPONSES, batches)
+            done = 0 if not graded else graded[-1].batch + 1
+            with (directory / RESPONSES).open("a", encoding="utf-8") as file:
+                remaining = range(done, len(batches))
+                for batch in _answers(engine, benchmark.problems, prompts, sampling, remaining, progress):
+                    file.write("".join(json.dumps(a.as_row(), ensure_ascii=False) + "\n" for a in batch))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    graded += batch
+            summary = Evaluation.of(graded).summary() | {"settings": settings}
+            write_json(directory / SUMMARY, summary)
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is evaluating into {directory}. Wait for it, or choose another --out."
+        ) from error
+    return summary
+
+
+def write_evaluation(
+    directory: Path, benchmark: Benchmark, sampling: Sampling, evaluation: Evaluation, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Write an evaluation that was made in memory, in the same files, over what was there; returns its summary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / SUMMARY).unlink(missing_ok=True)  # last to be written: a folder with it is whole
+    settings = settings_of(benchmark, sampling, "transformers", identity)
+    write_json(directory / SETTINGS, settings)
+    write_json(directory / PROBLEMS, [vars(problem) for problem in benchmark.problems])
+    lines = [json.dumps(answer.as_row(), ensure_ascii=False) + "\n" for row in evaluation.answers for answer in row]
+    write_text(directory / RESPONSES, "".join(lines))
+    summary = evaluation.summary() | {"settings": settings}
+    write_json(directory / SUMMARY, summary)
+    return summary
+
+
+def settings_of(
+    benchmark: Benchmark,
+    sampling: Sampling,
+    engine: str,
+    identity: dict[str, Any],
+    template: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What makes an evaluation this one; two with the same settings draw the same answers."""
+    return {
+        **identity,
+        "benchmark": {"name": benchmark.name, "source": benchmark.source, "hash": benchmark.hash},
+        "prompt_format": benchmark.format,
+        "chat_template_kwargs": template or {},
+        "engine": engine,
+        "sampling": vars(sampling),
+    }
+
+
+def _same_settings(directory: Path, settings: dict[str, Any]) -> None:
+    path = directory / SETTINGS
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    differing = [name for name in settings if before.get(name) != settings[name]]
+    if differing:
+        told = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
+        raise ValueError(
+            f"{directory} holds an evaluation with other settings ({told}). Choose another --out, or remove it."
+        )
+
+
+def _kept(path: Path, batches: list[list[tuple[int, int]]]) -> list[Graded]:
+    """Answers of whole batches; what follows them in the file is cut off."""
+    if not path.exists():
+        return []
+    kept, size = [], 0
+    lines = whole_lines(path)
+    for number, batch in enumerate(batches):
+        rows = lines[len(kept) : len(kept) + len(batch)]
+        if len(rows) < len(batch) or any(row["batch"] != number for row, _ in rows):
+            break
+        kept += [graded_of(row) for row, _ in rows]
+        size = rows[-1][1]
+    os.truncate(path, size)
+    return kept
+
+
+def read_evaluation(directory: Path) -> tuple[Evaluation, dict[str, Any]]:
+    """A finished evaluation and its summary.
+
+    Raises:
+        ValueError: not a folder of a finished evaluation, or a broken line.
+    """
+    if not (directory / SUMMARY).exists():
+        raise ValueError(f"{directory} holds no finished evaluation ({SUMMARY} is missing). Run oprd eval first.")
+    try:
+        return Evaluation.of(graded_of(row) for row, _ in whole_lines(directory / RESPONSES)), read_json(
+            directory / SUMMARY
+        )
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error

@@ -87,14 +87,21 @@ def _evaluate(name: str, path: str, max_new_tokens: int) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     result = evaluate(
-        model, tokenizer, held_out(), samples=SAMPLES, max_new_tokens=max_new_tokens, progress=f"evaluating {name}"
+        model,
+        tokenizer,
+        held_out(),
+        samples=SAMPLES,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        batch_size=512,
+        progress=f"evaluating {name}",
     ).summary()
     return {
         "model": name,
-        f"Avg@{SAMPLES}": round(result["avg_at_k"], 1),
-        "95 % interval": f"{result['avg_low']:.1f} to {result['avg_high']:.1f}",
-        f"Best@{SAMPLES}": round(result["best_at_k"], 1),
-        "mean length": round(result["mean_length"], 1),
+        f"Avg@{SAMPLES}": round(result["avg_at_k"]["value"], 1),
+        "95 % interval": f"{result['avg_at_k']['low']:.1f} to {result['avg_at_k']['high']:.1f}",
+        f"Best@{SAMPLES}": round(result["best_at_k"]["value"], 1),
+        "mean length": round(result["mean_length"]["value"], 1),
     }
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
+
+from oprd.lineage.machine import peak_memory_bytes
+from oprd.lineage.manifest import Manifest
 
 SHOWN = {"loss": "loss", "cosine": "cos", "accuracy": "acc", "completions/mean_length": "len"}
 
@@ -53,6 +57,36 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with (Path(args.output_dir) / self.name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class CostMeter(TrainerCallback):
+    """Keeps the manifest's cost up to date while the run goes on. Main process only."""
+
+    def __init__(self, manifest: Manifest, trainer: Any, scores: Any = None) -> None:
+        self._manifest, self._trainer = manifest, trainer
+        self._scores = scores  # the callback that scores benchmarks, if there is one
+        self._first_step: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._first_step = state.global_step
+
+    def on_log(self, args, state, control, **kwargs):
+        self.write(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write(state, force=True)
+
+    def write(self, state: Any, *, force: bool = False) -> None:
+        """Tokens, updates and memory so far."""
+        on_device = self._trainer.accelerator.device.type == "cuda"
+        self._manifest.update(
+            force=force,
+            **self._trainer.usage,
+            updates=state.global_step - (self._first_step or 0),
+            peak_memory_bytes=self._trainer.peak_memory if on_device else peak_memory_bytes(),
+            peak_memory_of="accelerator" if on_device else "host",
+            benchmark_seconds=round(self._scores.seconds, 1) if self._scores else 0.0,
+        )
 
 
 def read_metrics(path: Path) -> list[dict]:

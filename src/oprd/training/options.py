@@ -66,3 +66,17 @@ DATA_HELP: dict[str, str] = {
     "drop_duplicates": "Keep one row of those with the same prompt, and say how many went.",
     "as_chat": "Turn plain-text prompts into one user message, so that the chat template applies.",
 }
+
+BENCHMARK_HELP: dict[str, str] = {
+    "validation_benchmark": "Problems whose score decides what is kept in output_dir/best: aime24, aime25, aimo, math500, gsm8k, a "
+    "file or a Hub id.",
+    "test_benchmarks": "Benchmarks that are reported and decide nothing, separated by commas.",
+    "benchmark_steps": "Score every so many updates, before the first and after the last too.",
+    "benchmark_samples": "Answers drawn for each problem.",
+    "benchmark_temperature": "Temperature of those answers.",
+    "benchmark_top_p": "top_p of those answers.",
+    "benchmark_max_new_tokens": "Their most tokens; by default max_completion_length.",
+    "benchmark_batch_size": "Answers drawn at once by each process.",
+    "benchmark_limit": "The first so many problems of each benchmark only.",
+    "best_metric": "What is best on the validation benchmark: avg_at_k, best_at_k or pass_at_N.",
+}

@@ -206,7 +206,7 @@ def check_datasets(
         if columns is not None and "prompt" not in columns:
             raise ValueError(
                 f"{name} has no 'prompt' column; it has {', '.join(columns) or 'none'}. Rename yours, or load the file "
-                "with oprd.training.prompts.load_prompts, which knows the common layouts."
+                "with oprd.prompts.load_prompts, which knows the common layouts."
             )
         if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise ValueError(f"{name} is empty.")

@@ -1,156 +1,74 @@
-"""One training run from a recipe: parse, check, train, and leave a folder that says what happened."""
+"""One training run from a recipe: check, train, and leave a folder that says what happened."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import PrinterCallback, ProgressCallback
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from oprd.bridge import Bridge
+from oprd.evaluation.benchmarks import Benchmark
+from oprd.lineage.card import write_card
+from oprd.lineage.inputs import data_record, model_record, run_of_model
+from oprd.lineage.manifest import Manifest, differing_inputs, read_manifest
 from oprd.models import resolve_path
-from oprd.training.bridging import BridgeConfig, RolloutTrainer, fit_bridge, rollout_settings
-from oprd.training.callbacks import MetricsFile, ProgressLine
+from oprd.prompts import load_prompts
+from oprd.records import read_json, write_json, write_text
+from oprd.training.bridging import RolloutTrainer, fit_bridge, rollout_settings
+from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
-from oprd.training.options import BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
-from oprd.training.prompts import load_prompts
+from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
+from oprd.training.recipe import Configs, DataConfig, parse, repeated, resolved, second_stage
 from oprd.training.solved_head import solve_head
 from oprd.training.trainer import OPRDTrainer
+from oprd.training.validation import BenchmarkConfig, BenchmarkScores, load_benchmarks
 
-Configs = tuple["DataConfig", OPRDConfig, ModelConfig, BridgeConfig]
-
-
-def _data(name: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": DATA_HELP[name]})
+logger = get_logger(__name__)
 
 
-@dataclass
-class DataConfig:
-    """Where prompts come from (`oprd.training.prompts.load_prompts`), and whether to continue a run."""
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run reads besides models."""
 
-    dataset_name: str | None = _data("dataset_name", None)
-    dataset_config: str | None = _data("dataset_config", None)
-    dataset_train_split: str = _data("dataset_train_split", "train")
-    eval_dataset_name: str | None = _data("eval_dataset_name", None)
-    eval_config: str | None = _data("eval_config", None)
-    eval_split: str = _data("eval_split", "test")
-    prompt_column: str | None = _data("prompt_column", None)
-    answer_column: str | None = _data("answer_column", None)
-    drop_duplicates: bool = _data("drop_duplicates", False)
-    as_chat: bool = _data("as_chat", False)
-    resume: bool = field(default=False, metadata={"help": HELP["resume"]})
-    then: dict | str | None = field(default=None, metadata={"help": THEN_HELP})
+    train: Dataset
+    eval: Dataset | None
+    benchmarks: dict[str, Benchmark]
 
-
-def _parser(command: str) -> TrlParser:
-    usage = f"oprd {command} --config RECIPE [--key value ...]"
-    kinds = (DataConfig, OPRDConfig, ModelConfig, BridgeConfig)
-    return TrlParser(kinds, prog=f"oprd {command}", usage=usage, allow_abbrev=False)
+    def records(self, data: DataConfig) -> dict[str, Any]:
+        """Content hashes for the manifest."""
+        named = {"train": data_record(str(data.dataset_name), self.train)}
+        if self.eval is not None:
+            named["eval"] = data_record(str(data.eval_dataset_name), self.eval)
+        for name, benchmark in self.benchmarks.items():
+            named[name] = {"name": benchmark.source, "rows": len(benchmark.problems), "hash": benchmark.hash}
+        return named
 
 
-def parse(arguments: list[str], command: str = "train") -> Configs:
-    """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
-    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser = _parser(command)
-    if "--config" in arguments:
-        position = arguments.index("--config") + 1
-        if position == len(arguments):
-            raise ValueError("--config needs a recipe: a YAML file, or the name of one that ships with oprd.")
-        recipe = find_recipe(arguments[position])
-        _check_recipe(recipe, {action.dest for action in parser._actions} | {"env"})
-        arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
-    data, args, model, bridge = parser.parse_args_and_config(arguments)
-    if isinstance(data.then, str):
-        data.then = yaml.safe_load(data.then)
-    if data.then is not None and not isinstance(data.then, dict):
-        raise ValueError("then must be a mapping of settings for the second stage.")
-    changed = [f.name for f in dataclasses.fields(bridge) if getattr(bridge, f.name) != f.default]
-    if changed and args.bridge is None and command == "train":
-        raise ValueError(f"{', '.join(changed)} would be ignored: set bridge to auto or to a folder.")
-    return data, args, model, bridge
-
-
-def _check_recipe(path: Path, known: set[str]) -> None:
-    """A mapping whose every key is a setting.
+def load_data(configs: Configs) -> RunData:
+    """Prompts and benchmarks, checked.
 
     Raises:
-        ValueError: not YAML, not a mapping, or an unknown key, with the nearest known one.
+        ValueError: no student or no prompts named, evaluation half set up, or what the data checks find.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"The recipe {path} must be a mapping of settings, such as learning_rate: 1.0e-5.")
-    _check_keys(str(path), settings, known)
-
-
-def _check_keys(where: str, settings: dict[str, Any], known: set[str]) -> None:
-    for key in sorted(map(str, settings.keys() - known)):
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "."))
-
-
-def find_recipe(name: str) -> Path:
-    """A path as given, or a recipe of the package by its name (``miniature`` or ``miniature.yaml``)."""
-    path = Path(name)
-    if path.exists():
-        return path
-    shipped = Path(__file__).parent.parent / "recipes"
-    candidate = shipped / (name.removesuffix(".yaml") + ".yaml")
-    if candidate.exists() and path.parent == Path("."):
-        return candidate
-    known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-    raise ValueError(f"There is no recipe {name}. Give a YAML file, or one that ships with oprd: {known}.")
-
-
-def _resolved(configs: tuple[Any, ...]) -> dict[str, Any]:
-    """Every setting that is not its default, and all of this project's own: enough to repeat the run."""
-    settings: dict[str, Any] = {}
-    for config in configs:
-        for item in dataclasses.fields(config):
-            value = getattr(config, item.name)
-            default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
-            plain = value.value if hasattr(value, "value") else value
-            plain = plain.to_dict() if hasattr(plain, "to_dict") else plain
-            if (item.name in (*HELP, *BRIDGE_HELP) or plain != default) and _is_plain(plain):
-                settings[item.name] = plain
-    # Derived from the machine, secret, or about this one call: not what repeats a run.
-    for name in ("local_rank", "run_name", "hub_token", "push_to_hub_token", "resume", "resume_from_checkpoint"):
-        settings.pop(name, None)
-    return settings
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return (
-        value is None
-        or isinstance(value, bool | int | float | str)
-        or (isinstance(value, list) and all(_is_plain(v) for v in value))
-    )
-
-
-def build_trainer(
-    data: DataConfig, args: OPRDConfig, model: ModelConfig, kind: type[OPRDTrainer] = OPRDTrainer
-) -> OPRDTrainer:
-    """Load the data, check everything, load the models.
-
-    Raises:
-        ValueError: no student, no data, or whatever the data and pre-flight checks find.
-    """
+    data, args, model, _, benchmark = configs
     if model.model_name_or_path is None:
         raise ValueError("No student: set model_name_or_path.")
     if data.dataset_name is None:
         raise ValueError("No prompts: set dataset_name to a Hub id or a parquet, json or jsonl file.")
+    if args.teacher_model_name_or_path is None:
+        raise ValueError("No teacher: set teacher_model_name_or_path.")
     columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column, "as_chat": data.as_chat}
     train_dataset = load_prompts(
         data.dataset_name,
@@ -167,6 +85,25 @@ def build_trainer(
         if evaluates
         else None
     )
+    benchmarks: dict[str, Benchmark] = {}
+    if benchmark.validation_benchmark or benchmark.tests:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_path(model.model_name_or_path),
+            revision=model.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+        benchmarks = load_benchmarks(benchmark, has_template=bool(tokenizer.chat_template))
+    return RunData(train_dataset, eval_dataset, benchmarks)
+
+
+def build_trainer(
+    data: RunData, args: OPRDConfig, model: ModelConfig, kind: type[OPRDTrainer] = OPRDTrainer
+) -> OPRDTrainer:
+    """Check everything, load the models.
+
+    Raises:
+        ValueError: whatever pre-flight finds.
+    """
     shared = {"attn_implementation": model.attn_implementation}
     args.model_init_kwargs = {
         **shared,
@@ -178,8 +115,8 @@ def build_trainer(
     return kind(
         model=resolve_path(model.model_name_or_path),
         args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
@@ -207,101 +144,204 @@ def save_final(trainer: OPRDTrainer, directory: Path) -> None:
         trainer.save_model(str(directory))
     if trainer.accelerator.is_main_process:
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
-        trainer.create_model_card(model_name=Path(trainer.args.output_dir).resolve().name)
-        card = Path(trainer.args.output_dir) / "README.md"
-        if card.exists():
-            card.replace(directory / "README.md")
+        _forget_this_machine(directory / "tokenizer_config.json")
     trainer.accelerator.wait_for_everyone()
 
 
-def _bridge_trainer(data: DataConfig, args: OPRDConfig, model: ModelConfig) -> RolloutTrainer:
-    data = dataclasses.replace(data, eval_dataset_name=None)
+def _forget_this_machine(tokenizer_config: Path) -> None:
+    """transformers saves how a tokenizer was loaded here; the same student would have another content elsewhere."""
+    settings = read_json(tokenizer_config)
+    write_json(tokenizer_config, {k: v for k, v in settings.items() if k not in ("is_local", "local_files_only")})
+
+
+def _bridge_trainer(data: RunData, args: OPRDConfig, model: ModelConfig) -> RolloutTrainer:
+    data = dataclasses.replace(data, eval=None)
     return build_trainer(data, rollout_settings(args), copy.copy(model), RolloutTrainer)
 
 
 def fit(arguments: list[str]) -> tuple[Path, Bridge, bool]:
     """``oprd bridge fit``: from a training recipe to a bridge in the folder that ``bridge`` names, or
     ``output_dir/bridge``; the folder, the bridge, and whether this is the main process."""
-    data, args, model, settings = parse(arguments, "bridge fit")
+    configs = parse(arguments, "bridge fit")
+    configs = configs._replace(
+        data=dataclasses.replace(configs.data, eval_dataset_name=None), benchmarks=BenchmarkConfig()
+    )
+    _, args, model, settings, _ = configs
+    args.eval_strategy = "no"
     directory = Path(args.bridge if args.bridge not in (None, "auto") else Path(args.output_dir) / "bridge")
     if (directory / "bridge.json").exists():
         raise ValueError(f"{directory} already holds a bridge. Choose another folder with --bridge DIR, or remove it.")
-    bridge = fit_bridge(lambda: _bridge_trainer(data, args, model), settings, directory)
+    bridge = fit_bridge(lambda: _bridge_trainer(load_data(configs), args, model), settings, directory)
     return directory, bridge, PartialState().is_main_process
 
 
 def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path, bool]:
     """Train from command-line arguments; the run's directory, and whether this is the main process.
 
-    The directory holds ``config.yaml`` (repeat with ``oprd train --config``), ``metrics.jsonl``, ``checkpoint-*/`` and
-    ``final/``, which loads with ``AutoModelForCausalLM.from_pretrained``. With ``bridge: auto`` it also holds ``bridge/``;
-    a second stage (``then``) has its run in ``then/``, and that directory is returned.
+    The directory holds ``config.yaml`` (the resolved recipe), ``manifest.json`` (repeat with ``oprd train --from``),
+    ``metrics.jsonl``, ``checkpoint-*/`` and ``final/``, which loads with ``AutoModelForCausalLM.from_pretrained``. With
+    ``bridge: auto`` it also holds ``bridge/``, with benchmarks ``evaluations/`` and ``best``; a second stage (``then``) has
+    its run in ``then/``, and that directory is returned.
     """
-    data, args, model, settings = parse(arguments)
+    if "--from" not in arguments:
+        return _run(arguments, None, description)
+    with repeated(arguments) as (arguments, before):
+        return _run(arguments, before, description)
+
+
+def _run(arguments: list[str], before: dict[str, Any] | None, description: str) -> tuple[Path, bool]:
+    configs = parse(arguments)
+    data, args = configs.data, configs.args
     directory = Path(args.output_dir)
-    second = None if data.then is None else _second_stage(arguments, data.then, directory)
+    second = None if data.then is None else second_stage(arguments, data.then, directory)
     if second is None or not (directory / "final").exists():
-        is_main = _one_stage(data, args, model, settings, description)
+        is_main = _one_stage(configs, description, before)
     if second is None:
         return directory, is_main
     written = directory / "then.yaml"
     if PartialState().is_main_process:
-        written.write_text(yaml.safe_dump(second, sort_keys=True), encoding="utf-8")
+        write_text(written, yaml.safe_dump(second, sort_keys=True))
     PartialState().wait_for_everyone()
-    return run(["--config", str(written), *(["--resume"] if data.resume else [])], description=f"{description}, then")
+    resume = ["--resume"] if data.resume else []
+    return _run(["--config", str(written), *resume], None, f"{description}, then")
 
 
-def _second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dict[str, Any]:
-    """The recipe of the second stage: the first one's, then ``then``, then what the command line said.
-
-    Raises:
-        ValueError: an unknown key, before the first stage starts.
-    """
-    recipe = {}
-    rest = list(arguments)
-    if "--config" in rest:
-        position = rest.index("--config")
-        recipe = yaml.safe_load(find_recipe(rest[position + 1]).read_text(encoding="utf-8"))
-        del rest[position : position + 2]
-    _check_keys("then", then, {action.dest for action in _parser("train")._actions})
-    own = {"output_dir": str(first / "then"), "model_name_or_path": str(first / "final")}
-    spoken = dict(zip((key.removeprefix("--") for key in rest[::2]), map(yaml.safe_load, rest[1::2]), strict=False))
-    second = {**recipe, **then, **{k: v for k, v in spoken.items() if k not in own}, **own}
-    second = {key: value for key, value in second.items() if value is not None and key not in ("then", "resume")}
-    if "bridge" not in then:  # a bridge belongs to the student that it was fitted for, and that one has moved
-        for key in ("bridge", *BRIDGE_HELP):
-            second.pop(key, None)
-    return second
-
-
-def _one_stage(data: DataConfig, args: OPRDConfig, model: ModelConfig, bridge: BridgeConfig, description: str) -> bool:
-    settings = _resolved((data, args, model, bridge))  # before the trainer fills in anything
-    if args.bridge is None:
-        settings = {key: value for key, value in settings.items() if key not in BRIDGE_HELP}
-    directory = Path(args.output_dir)
-    last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
+def _check_directory(directory: Path, last: str | None, data: DataConfig, args: OPRDConfig) -> None:
     if (directory / "final").exists() and not data.resume:
         raise ValueError(f"{directory} holds a finished run. Choose another output_dir, or remove it.")
     if last is not None and not (data.resume or args.resume_from_checkpoint):
         raise ValueError(
             f"{directory} already holds {Path(last).name}. Continue it with --resume, or choose another output_dir."
         )
-    if args.bridge == "auto":
-        fitted = directory / "bridge"
-        if not (fitted / "bridge.json").exists():
-            fit_bridge(lambda: _bridge_trainer(data, args, model), bridge, fitted)
-        args.bridge = str(fitted)
-    trainer = build_trainer(data, args, model)
-    attach_callbacks(trainer, description)
-    if trainer.accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or (last if data.resume else None))
-    if trainer.lm_head == "solved":
-        solve_head(trainer)
-    save_final(trainer, directory / "final")
+
+
+def _identity(
+    configs: Configs, settings: dict[str, Any], loaded: RunData, before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the run is, by content. Reads every file of both models once."""
+    data, args, model, _, _ = configs
+    folder = None if args.bridge in (None, "auto") else args.bridge
+    parent = run_of_model(model.model_name_or_path)
+    return {
+        "command": ["oprd", *("***" if "token" in key else part for key, part in pairwise(["", *sys.argv[1:]]))],
+        "directory": str(Path.cwd()),
+        "config": settings,
+        "student": model_record(model.model_name_or_path, model.model_revision),
+        "teacher": model_record(args.teacher_model_name_or_path, args.teacher_model_revision),
+        "bridge": None if folder is None else model_record(folder),
+        "data": loaded.records(data),
+        "seeds": {"seed": args.seed, "data_seed": args.data_seed},
+        "parent": None
+        if parent is None
+        else {"run": str(parent), "final": (read_manifest(parent)["final"] or {}).get("hash")},
+        "repeats": None
+        if before is None
+        else {"run": before["run"], "created": before["created"], "final": before["final"]},
+    }
+
+
+def _start_manifest(
+    configs: Configs, settings: dict[str, Any], loaded: RunData, before: dict[str, Any] | None, resumed: bool
+) -> Manifest:
+    """The run's manifest, after a check of what it reads against the run that it repeats.
+
+    Raises:
+        ValueError: a model, the bridge or the data is not what it was.
+    """
+    identity = _identity(configs, settings, loaded, before)
+    differing = [] if before is None else differing_inputs(before, identity)
+    if differing:
+        raise ValueError(f"{before['run']} cannot be repeated, its inputs have changed: {'; '.join(differing)}.")
+    directory, processes = Path(configs.args.output_dir), PartialState().num_processes
+    return Manifest.start(directory, identity=identity, processes=processes, resumed=resumed)
+
+
+def _one_stage(configs: Configs, description: str, before: dict[str, Any] | None) -> bool:
+    data, args, model, bridge, benchmark = configs
+    settings = resolved(configs)  # before the trainer fills in anything
+    unused = {*(BRIDGE_HELP if args.bridge is None else ()), *(BENCHMARK_HELP if not benchmark.benchmark_steps else ())}
+    settings = {key: value for key, value in settings.items() if key not in unused}
+    directory = Path(args.output_dir)
+    last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
+    _check_directory(directory, last, data, args)
+    loaded = load_data(configs)
+    checkpoint = args.resume_from_checkpoint or (last if data.resume else None)
+    manifest = None
+    if PartialState().is_main_process:
+        manifest = _start_manifest(configs, settings, loaded, before, checkpoint is not None)
+    try:
+        if args.bridge == "auto":
+            fitted = directory / "bridge"
+            if not (fitted / "bridge.json").exists():
+                fit_bridge(lambda: _bridge_trainer(loaded, args, model), bridge, fitted)
+                if manifest is not None:
+                    manifest.update(force=True)
+            args.bridge = str(fitted)
+            if manifest is not None:
+                manifest.content["fitted_bridge"] = model_record(str(fitted))
+        trainer = _train(configs, loaded, manifest, checkpoint, description)
+    except BaseException as error:
+        if manifest is not None:
+            manifest.fail(error)
+        raise
+    if manifest is not None:
+        manifest.content["last_update"] = trainer.state.global_step
+        manifest.finish(directory / "final")
+        write_card(directory)
+        if before is not None:
+            _say_whether_identical(manifest.content, before)
     if args.push_to_hub:
         trainer.push_to_hub()
-    is_main = trainer.accelerator.is_main_process
     trainer.end()
-    return is_main
+    return manifest is not None
+
+
+def _train(
+    configs: Configs, loaded: RunData, manifest: Manifest | None, checkpoint: str | None, description: str
+) -> OPRDTrainer:
+    """From loaded data to ``final/``."""
+    _, args, model, _, benchmark = configs
+    trainer = build_trainer(loaded, args, model)
+    scores = BenchmarkScores(trainer, benchmark, loaded.benchmarks) if loaded.benchmarks else None
+    if scores is not None:
+        trainer.add_callback(scores)
+    attach_callbacks(trainer, description)
+    meter = None
+    if manifest is not None:
+        meter = CostMeter(manifest, trainer, scores)
+        trainer.add_callback(meter)
+        manifest.update(force=True)
+        write_text(Path(args.output_dir) / "config.yaml", yaml.safe_dump(manifest.content["config"], sort_keys=True))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.lm_head == "solved":
+        solve_head(trainer)
+    if scores is not None:
+        scores.score(trainer.state, trainer.control)
+    save_final(trainer, Path(args.output_dir) / "final")
+    if meter is not None:
+        meter.write(trainer.state, force=True)
+    return trainer
+
+
+def _say_whether_identical(content: dict[str, Any], before: dict[str, Any]) -> None:
+    """Whether the repetition came out the same, bit for bit; if not, what was different about it."""
+    if before["final"] is None:
+        logger.warning(f"{before['run']} never finished, so there is nothing to compare the result with.")
+        return
+    if before["final"]["hash"] == content["final"]["hash"]:
+        logger.info(f"final/ is bit-identical to that of {before['run']}.")
+        return
+    one, other = before["sessions"][-1], content["sessions"][-1]
+    reasons = [
+        f"{key}: {before['config'].get(key)} then"
+        for key, value in content["config"].items()
+        if key != "output_dir" and before["config"].get(key) != value
+    ]
+    reasons += [
+        f"{k} {one['versions'].get(k)} then" for k, v in other["versions"].items() if one["versions"].get(k) != v
+    ]
+    reasons += [f"{k}: {one['hardware'][k]} then" for k, v in other["hardware"].items() if one["hardware"][k] != v]
+    told = f" ({'; '.join(reasons)})" if reasons else ""
+    logger.warning(
+        f"final/ differs from that of {before['run']}{told}. Only CPU runs with the same versions repeat exactly."
+    )

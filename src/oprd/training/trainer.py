@@ -179,6 +179,8 @@ class OPRDTrainer(DistillationTrainer):
         self._stopwatches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
         self._memory_rise = 0
         self._memory_at_start = 0
+        self.usage = {"tokens_generated": 0, "tokens_trained": 0}  # over all processes, since this object was made
+        self.peak_memory = 0  # bytes on this process's accelerator
 
     # ---------------------------------------------------------------------------------------- before the first step
 
@@ -246,13 +248,25 @@ class OPRDTrainer(DistillationTrainer):
         }
         if share is not None:
             masks["state"] = masks["state"] & (batch["teacher_columns"][..., self._partner_column] >= 0)
-        counts = torch.stack([count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())])
+        uses_states = self.objective.representation_weight or self.objective.logit_weight
+        used = [
+            m
+            for m, is_used in ((masks["state"], uses_states), (masks["output"], self.objective.uses_output))
+            if is_used
+        ]
+        supervised = torch.stack(used).any(0)
+        counts = [count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())]
+        counts = torch.stack([*counts, generated.sum(), supervised.sum()])
         counts = self.accelerator.reduce(counts.float(), reduction="sum")
-        for (name, mask), (rows, positions) in zip(masks.items(), counts.view(2, 2), strict=True):
+        for (name, mask), (rows, positions) in zip(masks.items(), counts[:4].view(2, 2), strict=True):
             batch[f"{name}_weights"] = position_weights(
                 mask, self.args.reduction, num_sequences=rows, num_positions=positions
             )
-        self._metrics[mode]["response_tokens"].append(counts[3].item())
+        _, _, _, response_tokens, generated_tokens, supervised_tokens = counts.tolist()
+        self._metrics[mode]["response_tokens"].append(response_tokens)
+        if mode == "train":
+            self.usage["tokens_generated"] += int(generated_tokens)
+            self.usage["tokens_trained"] += int(supervised_tokens)
         if "answer" in inputs[0]:  # a column is there on every process or on none; a single answer may be missing
             texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
             answers = [row["answer"] for row in inputs]
@@ -349,12 +363,15 @@ class OPRDTrainer(DistillationTrainer):
 
     def _begin_memory_watch(self) -> None:
         if self.accelerator.device.type == "cuda" and self.model.training:
+            self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated())
             self._memory_at_start = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
 
     def _end_memory_watch(self) -> None:
         if self.accelerator.device.type == "cuda":
-            self._memory_rise = max(self._memory_rise, torch.cuda.max_memory_allocated() - self._memory_at_start)
+            peak = torch.cuda.max_memory_allocated()
+            self.peak_memory = max(self.peak_memory, peak)
+            self._memory_rise = max(self._memory_rise, peak - self._memory_at_start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,37 +73,40 @@ def _prompt_fault(prompt: Any) -> str | None:
     return None if any(message["content"].strip() for message in prompt) else "every message is empty"
 
 
-def _answer(row: dict[str, Any], column: str | None) -> Any:
+WORKED_ANSWER = "\n#### "  # GSM8K: the solution, then the answer behind this mark
+
+
+def _answer(row: dict[str, Any], column: str | None) -> str | None:
     if column is not None:
-        return row[column]
-    if isinstance(row.get("reward_model"), dict) and row["reward_model"].get("ground_truth") is not None:
-        return row["reward_model"]["ground_truth"]
-    return row.get("answer")
+        answer = row[column]
+    elif isinstance(row.get("reward_model"), dict) and row["reward_model"].get("ground_truth") is not None:
+        answer = row["reward_model"]["ground_truth"]
+    else:
+        answer = row.get("answer")
+    return None if answer is None else str(answer).rpartition(WORKED_ANSWER)[2]
 
 
-def load_prompts(
+@dataclass(frozen=True)
+class PromptRow:
+    """One row: its place for messages, the column that its prompt came from, text or chat messages, the answer."""
+
+    place: str
+    column: str
+    prompt: str | list[dict[str, str]]
+    answer: str | None
+
+
+def read_prompts(
     name: str,
     *,
     config: str | None = None,
     split: str = "train",
     prompt_column: str | None = None,
     answer_column: str | None = None,
-    as_chat: bool = False,
     drop_duplicates: bool = False,
-) -> Dataset:
-    """Prompts as a dataset with ``prompt`` (text or chat messages) and, where every row has one, ``answer`` (text).
-
-    Args:
-        name: Hub id, or a ``.parquet``, ``.json`` or ``.jsonl`` file.
-        prompt_column, answer_column: found by themselves in the common layouts: ``prompt`` (with
-            ``reward_model.ground_truth``), ``problem``/``answer``, ``question``/``answer``.
-        as_chat: make text prompts one user message each.
-        drop_duplicates: keep the first row of each prompt, and say how many went.
-
-    Raises:
-        ValueError: no rows, no prompt column, or a bad row, which is named with its number (counting from 1).
-    """
-    kept: list[dict[str, Any]] = []
+) -> list[PromptRow]:
+    """The rows behind `load_prompts`, which says what the arguments mean and what is refused."""
+    kept: list[PromptRow] = []
     seen: set[str] = set()
     repeated = 0
     for place, row in _rows(name, config, split):
@@ -126,27 +130,48 @@ def load_prompts(
                 repeated += 1
                 continue
             seen.add(fingerprint)
-        prompt, answer = row[column], _answer(row, answer_column)
-        if as_chat and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        kept.append({"prompt": prompt, "answer": None if answer is None else str(answer), "_place": place})
+        prompt = row[column]
+        if isinstance(prompt, list):  # one schema for every message
+            prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
+        kept.append(PromptRow(place, column, prompt, _answer(row, answer_column)))
     if repeated:
         logger.info(f"{name}: dropped {repeated} rows whose prompt had come before; {len(kept)} are left.")
-    return _as_dataset(name, kept)
-
-
-def _as_dataset(name: str, rows: list[dict[str, Any]]) -> Dataset:
-    if not rows:
+    if not kept:
         raise ValueError(f"{name} has no rows.")
-    is_text = isinstance(rows[0]["prompt"], str)
-    odd = next((row for row in rows if isinstance(row["prompt"], str) != is_text), None)
+    return kept
+
+
+def load_prompts(name: str, *, as_chat: bool = False, **where: Any) -> Dataset:
+    """Prompts as a dataset with ``prompt`` (text or chat messages) and, where every row has one, ``answer`` (text).
+
+    Args:
+        name: Hub id, or a ``.parquet``, ``.json`` or ``.jsonl`` file.
+        as_chat: make text prompts one user message each.
+        where: ``config`` and ``split`` of a Hub dataset; ``prompt_column`` and ``answer_column``, found by themselves in
+            the common layouts: ``prompt`` (with ``reward_model.ground_truth``), ``problem``/``answer``,
+            ``question``/``answer`` (of a worked solution what follows ``####``); ``drop_duplicates`` keeps the first row
+            of each prompt, and says how many went.
+
+    Raises:
+        ValueError: no rows, no prompt column, or a bad row, which is named with its number (counting from 1).
+    """
+    rows = read_prompts(name, **where)
+    if as_chat:
+        rows = [replace(row, prompt=as_messages(row.prompt)) for row in rows]
+    odd = odd_kind(rows)
     if odd:
-        raise ValueError(
-            f"{name}, {odd['_place']}: text and chat prompts are mixed. Use one kind, or set as_chat: true."
-        )
-    columns = {"prompt": [row["prompt"] for row in rows]}
-    if not is_text:  # one schema for every message
-        columns["prompt"] = [[{"role": m["role"], "content": m["content"]} for m in p] for p in columns["prompt"]]
-    if all(row["answer"] is not None for row in rows):
-        columns["answer"] = [row["answer"] for row in rows]
+        raise ValueError(f"{name}, {odd.place}: text and chat prompts are mixed. Use one kind, or set as_chat: true.")
+    columns = {"prompt": [row.prompt for row in rows]}
+    if all(row.answer is not None for row in rows):
+        columns["answer"] = [row.answer for row in rows]
     return Dataset.from_dict(columns)
+
+
+def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    """Text as one user message; chat messages as they are."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def odd_kind(rows: list[PromptRow]) -> PromptRow | None:
+    """The first row that is chat where the first is text, or the other way round."""
+    return next((row for row in rows if isinstance(row.prompt, str) != isinstance(rows[0].prompt, str)), None)

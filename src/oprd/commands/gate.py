@@ -1,0 +1,45 @@
+"""``oprd gate``: may this student replace that one. Made for CI: 0 opens, 3 is shut."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from oprd.commands.shared import show_events, show_rows
+
+SHUT = 3
+
+
+def add_gate(commands) -> None:
+    """Its words."""
+    parser = commands.add_parser(
+        "gate",
+        help="hold a run against thresholds and a baseline; the exit code says whether it passes",
+        description="Hold a run's final student against thresholds on accuracy, length, repetition and cost. Scores are judged by "
+        "their 95 % intervals, differences are paired by problem. Exit code 0: passed, 3: not. The outcome is kept in the "
+        "run's gate.json, which oprd registry promote asks for.",
+        epilog="gates.yaml, for example:  accuracy: {min: 40, max_drop: 2}   length: {max_increase_percent: 20}   "
+        "repetition: {max_drop: 5}   cut_off: {max: 5}   no_box: {max: 5}   cost: {max_increase_percent: 50}   "
+        "(optional: benchmarks: [aime24]   decide_by: interval|value   undecided: fail|pass)",
+    )
+    parser.add_argument("candidate", metavar="RUN", help="a run, or a folder of evaluations")
+    parser.add_argument("--against", default=None, metavar="BASELINE", help="a run, or a folder of evaluations")
+    parser.add_argument("--config", required=True, metavar="GATES", help="YAML file with the thresholds")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run_gate)
+
+
+def run_gate(options: argparse.Namespace) -> int:
+    """Judge, print the reasons, keep them."""
+    show_events()
+    from oprd.insight.gating import gate_run
+
+    outcome = gate_run(options.candidate, options.against, options.config)
+    if options.json:
+        print(json.dumps(outcome, indent=2))
+    else:
+        show_rows([{"state": v["state"], "gate": v["gate"], "benchmark": v["benchmark"], "reason": v["reason"]}
+                   for v in outcome["verdicts"]], as_json=False)  # fmt: skip
+        print("Passed." if outcome["passed"] else "Not passed.", file=sys.stderr)
+    return 0 if outcome["passed"] else SHUT

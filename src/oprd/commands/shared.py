@@ -1,0 +1,46 @@
+"""What commands share: how results and events are shown."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+from oprd.training.options import CHOICES
+
+
+def describe_settings(title: str, table: dict[str, str]) -> str:
+    """A table of settings for ``--help``."""
+    lines = [f"{title}:"]
+    for name, text in table.items():
+        choices = f" [{'|'.join(CHOICES[name])}]" if name in CHOICES else ""
+        lines.append(f"  --{name}{choices}")
+        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A table on stdout, or JSON for machines."""
+    from oprd.insight.tables import format_table
+
+    print(json.dumps(rows, indent=2) if as_json else format_table(rows))
+
+
+def show_events() -> None:
+    """One line per event of this project on stderr, once for all processes of a launch."""
+    import logging
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
+
+    def plain(record: logging.LogRecord) -> bool:  # accelerate marks its lines; only the first process speaks here
+        record.msg = str(record.msg).removeprefix("[RANK 0] ")
+        return True
+
+    handler = logging.StreamHandler()
+    handler.addFilter(plain)
+    handler.setFormatter(logging.Formatter("oprd: %(message)s"))
+    events = logging.getLogger("oprd")
+    events.handlers, events.propagate = [handler], False
+    events.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

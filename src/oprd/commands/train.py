@@ -1,0 +1,57 @@
+"""``oprd train``: distil a teacher into a student from a recipe."""
+
+from __future__ import annotations
+
+from oprd.commands.shared import describe_settings, show_events, show_rows
+from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
+
+TRAIN_NOTES = """\
+The student is model_name_or_path, the teacher teacher_model_name_or_path. Every key of trl.DistillationConfig,
+transformers.TrainingArguments and trl.ModelConfig works too (learning_rate, max_steps, max_completion_length, use_vllm,
+use_peft, lora_r, ...). Keys on the command line win over the recipe; an unknown key is an error.
+
+several processes:  accelerate launch -m oprd train --config recipe.yaml
+"""
+
+
+def train_help() -> str:
+    """What ``oprd train --help`` prints."""
+    usage = (
+        "usage: oprd train --config RECIPE [--key value ...] [--json]\n"
+        "       oprd train --from RUN [--key value ...]\n\nDistil a teacher into a student from a recipe."
+    )
+    recipe = (
+        "RECIPE is a YAML file, or the name of one that ships with oprd (oprd train --config miniature). --from repeats a run\n"
+        "from its manifest.json, after a check that models and data are what they were; on CPU with the same versions the\n"
+        "result is the same bit for bit."
+    )
+    tables = [
+        describe_settings("objective", HELP),
+        describe_settings("data", DATA_HELP),
+        describe_settings("bridge: auto", BRIDGE_HELP),
+        describe_settings("benchmarks during training", BENCHMARK_HELP),
+        describe_settings("second stage", {"then": THEN_HELP}),
+    ]
+    return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), *tables])
+
+
+def run_train(arguments: list[str]) -> int:
+    """Run; the keys are the recipe parser's."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(train_help())
+        return 0 if arguments else 2
+    as_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
+    show_events()
+    from oprd.insight.plots import plot_runs
+    from oprd.insight.tables import run_summary
+    from oprd.training.callbacks import read_metrics
+    from oprd.training.run import run
+
+    directory, is_main = run(arguments)
+    if is_main:
+        metrics = read_metrics(directory / "metrics.jsonl")
+        plot_runs({directory.name: metrics}, directory / "plots")
+        summary = run_summary(metrics) | {"final": str(directory / "final"), "plots": str(directory / "plots")}
+        show_rows([summary], as_json)
+    return 0

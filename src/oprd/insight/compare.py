@@ -1,0 +1,145 @@
+"""Runs and evaluations side by side: one table with intervals, paired differences, and what each cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oprd.evaluation.evaluate import SUMMARY, read_evaluation
+from oprd.evaluation.summary import paired
+from oprd.lineage.evaluations import find_evaluations, last_update, of_final
+from oprd.lineage.manifest import NAME, read_manifest
+from oprd.records import read_json
+
+SETTINGS = ("samples", "temperature", "top_p", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One entry of a comparison: evaluations by benchmark, and the cost of the run where there is one."""
+
+    label: str
+    folders: Mapping[str, Path]
+    cost: Mapping[str, Any] = field(default_factory=dict)
+
+
+def interval(estimate: Mapping[str, float], digits: int = 1) -> str:
+    """``41.2 [33.0, 49.1]``."""
+    return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def result_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of one evaluation."""
+    k = summary["samples"]
+    return {
+        "benchmark": summary["settings"]["benchmark"]["name"],
+        "problems": summary["problems"],
+        f"Avg@{k}": interval(summary["avg_at_k"]),
+        f"Best@{k}": interval(summary["best_at_k"]),
+        "Dist-4g": f"{summary['distinct_4']['value']:.1f}",
+        "length": f"{summary['mean_length']['value']:.0f}",
+        "cut off %": f"{summary['cut_off']:.1f}",
+        "no box %": f"{summary['no_box']:.1f}",
+        "undecided %": f"{summary['undecided']:.1f}",
+    }
+
+
+def open_contender(path: str) -> Contender:
+    """A run (its final student), or a folder of evaluations: of one benchmark, or with one below for each.
+
+    Raises:
+        ValueError: neither, or a run that has not been evaluated.
+    """
+    folder = Path(path)
+    if (folder / NAME).exists():
+        manifest = read_manifest(folder)
+        chosen = of_final(find_evaluations(folder), last_update(manifest))
+        if not chosen:
+            raise ValueError(f"{folder} has no evaluation of its final student: oprd eval {folder} --on BENCHMARK")
+        return Contender(manifest["run"], {name: one.directory for name, one in chosen.items()}, manifest["cost"])
+    if (folder / SUMMARY).exists():
+        name = read_json(folder / SUMMARY)["settings"]["benchmark"]["name"]
+        return Contender(f"{folder.parent.name}/{folder.name}", {name: folder})
+    below = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{SUMMARY}"))}
+    if not below:
+        raise ValueError(f"{folder} is neither a run (no {NAME}) nor an evaluation (no {SUMMARY}).")
+    return Contender(folder.name, below)
+
+
+def open_contenders(paths: Sequence[str]) -> list[Contender]:
+    """All of them, with labels that tell them apart."""
+    found = [open_contender(path) for path in paths]
+    labels = [one.label for one in found]
+    return [
+        Contender(path if labels.count(one.label) > 1 else one.label, one.folders, one.cost)
+        for path, one in zip(paths, found, strict=True)
+    ]
+
+
+def shared_benchmarks(contenders: Sequence[Contender], wanted: Sequence[str] | None = None) -> list[str]:
+    """Benchmarks that every contender was evaluated on, in the order of the first.
+
+    Raises:
+        ValueError: none in common, or one that was asked for is missing somewhere.
+    """
+    for name in wanted or ():
+        for one in contenders:
+            if name not in one.folders:
+                raise ValueError(f"{one.label} was not evaluated on {name}; it has {', '.join(one.folders)}.")
+    shared = [name for name in contenders[0].folders if all(name in one.folders for one in contenders)]
+    if not shared:
+        told = "; ".join(f"{one.label}: {', '.join(one.folders)}" for one in contenders)
+        raise ValueError(f"No benchmark in common ({told}). Evaluate all of them on one.")
+    return list(wanted) if wanted else shared
+
+
+def compare(
+    contenders: Sequence[Contender], *, benchmarks: Sequence[str] | None = None, metric: str = "avg_at_k"
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows, one for each contender and benchmark, the first contender being the baseline; and notes on what is unequal.
+
+    Every row holds ``avg_at_k`` and the like as numbers with intervals, and ``against_baseline``: the paired difference in
+    ``metric`` with its interval and p-value.
+    """
+    rows, notes = [], []
+    for benchmark in shared_benchmarks(contenders, benchmarks):
+        baseline = None
+        for one in contenders:
+            evaluation, summary = read_evaluation(one.folders[benchmark])
+            row: dict[str, Any] = {
+                "model": one.label,
+                "benchmark": benchmark,
+                "summary": summary,
+                "cost": dict(one.cost),
+            }
+            if baseline is None:
+                baseline, base_summary = evaluation, summary
+            else:
+                found = paired(baseline, evaluation, metric, names=(contenders[0].label, one.label))
+                row["against_baseline"] = vars(found)
+                ours, theirs = (s["settings"]["sampling"] for s in (base_summary, summary))
+                unequal = [f"{k} {ours[k]} and {theirs[k]}" for k in SETTINGS if ours[k] != theirs[k]]
+                if unequal:
+                    notes.append(f"{benchmark}: {contenders[0].label} and {one.label} differ in {', '.join(unequal)}.")
+            rows.append(row)
+    return rows, notes
+
+
+def table_rows(rows: Sequence[Mapping[str, Any]], metric: str = "avg_at_k") -> list[dict[str, Any]]:
+    """The rows of `compare` as text for a table."""
+    table = []
+    for row in rows:
+        shown = {"model": row["model"], **result_row(row["summary"])}
+        found = row.get("against_baseline")
+        shown[f"difference ({metric})"] = "" if found is None else interval({**found, "value": found["difference"]})
+        shown["p"] = "" if found is None else f"{found['p_value']:.3g}"
+        cost = row["cost"]
+        shown["minutes"] = f"{cost['wall_seconds'] / 60:.1f}" if cost else ""
+        shown["device hours"] = f"{cost['device_hours']:.3g}" if cost else ""
+        shown["peak GB"] = f"{cost['peak_memory_bytes'] / 1e9:.2f}" if cost else ""
+        shown["tokens trained"] = f"{cost['tokens_trained']:,}" if cost else ""
+        table.append(shown)
+    keep = [name for name in table[0] if name != "undecided %" or any(row[name] != "0.0" for row in table)]
+    return [{name: row[name] for name in keep} for row in table]

@@ -1,0 +1,155 @@
+"""``final/README.md``: a model card that says where the student came from, how good it is, and how to make it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from oprd.lineage.evaluations import Found, find_evaluations, last_update, of_final
+from oprd.lineage.manifest import read_manifest
+from oprd.records import write_text
+
+TAGS = ["oprd", "trl", "distillation", "on-policy-distillation"]
+CITATION = """\
+@article{oprd2026,
+    title  = {{OPRD: On-Policy Representation Distillation}},
+    year   = 2026,
+    eprint = {arXiv:2606.06021},
+}"""
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it is one of the Hub's and not a folder or file here, else None."""
+    if not name or ":" in name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def root_student(manifest: dict[str, Any]) -> str:
+    """Name of the model that the line of runs began with: the student of the first run whose student is no run's."""
+    seen: set[str] = set()
+    while manifest.get("parent") and manifest["parent"]["run"] not in seen:
+        seen.add(manifest["parent"]["run"])
+        try:
+            manifest = read_manifest(Path(manifest["parent"]["run"]))
+        except ValueError:  # the parent's folder is gone
+            break
+    return manifest["student"]["name"]
+
+
+def _estimate(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]"
+
+
+def _results(evaluations: dict[str, Found]) -> list[str]:
+    if not evaluations:
+        return ["Not evaluated yet: `oprd eval RUN --on BENCHMARK` fills this section."]
+    lines = [
+        "| benchmark | problems | samples | Avg@k | Best@k | mean length | cut off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in evaluations.items():
+        s = found.summary
+        lines.append(
+            f"| {name} | {s['problems']} | {s['samples']} | {_estimate(s['avg_at_k'])} | {_estimate(s['best_at_k'])} | "
+            f"{_estimate(s['mean_length'])} | {s['cut_off']:.1f} % |"
+        )
+    sampling = next(iter(evaluations.values())).summary["settings"]["sampling"]
+    return [
+        *lines,
+        "",
+        f"In percent, with 95 % intervals over problems (temperature {sampling['temperature']}, top_p {sampling['top_p']}, at most "
+        f"{sampling['max_new_tokens']} new tokens).",
+    ]
+
+
+def _inputs(manifest: dict[str, Any]) -> list[str]:
+    lines = ["| | name | content (SHA-256) |", "|---|---|---|"]
+    named = {"student": manifest["student"], "teacher": manifest["teacher"], "bridge": manifest.get("bridge")}
+    named |= {f"data: {key}": record for key, record in manifest["data"].items()}
+    lines += [f"| {label} | `{r['name']}` | `{r['hash'][:16]}` |" for label, r in named.items() if r]
+    return lines
+
+
+def render_card(run: Path) -> ModelCard:
+    """The card of a run, from its manifest and its evaluations."""
+    manifest = read_manifest(run)
+    config, cost = manifest["config"], manifest["cost"]
+    evaluations = of_final(find_evaluations(run), last_update(manifest))
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        base_model=hub_id(root_student(manifest)),
+        base_model_relation="finetune" if hub_id(root_student(manifest)) else None,
+        datasets=[hub_id(config.get("dataset_name"))] if hub_id(config.get("dataset_name")) else None,
+        model_name=manifest["run"],
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=hub_id(found.summary["settings"]["benchmark"]["source"]) or name,
+                dataset_name=name,
+                metric_type="accuracy",
+                metric_name=f"Avg@{found.summary['samples']}",
+                metric_value=round(found.summary["avg_at_k"]["value"], 2),
+            )
+            for name, found in evaluations.items()
+        ]
+        or None,
+    )
+    session = manifest["sessions"][-1]
+    body = [
+        f"# {manifest['run']}",
+        "",
+        f"`{root_student(manifest)}` distilled from `{manifest['teacher']['name']}` on its own answers, with "
+        "[oprd](https://arxiv.org/abs/2606.06021) (on-policy representation distillation).",
+        "",
+        "## Where it comes from",
+        "",
+        *_inputs(manifest),
+        "",
+        "## How good it is",
+        "",
+        *_results(evaluations),
+        "",
+        "## What it cost",
+        "",
+        f"{cost['wall_seconds'] / 3600:.2f} hours on {session['hardware']['processes']} x {cost['device']}, "
+        f"{cost['tokens_generated']:,} tokens generated, {cost['tokens_trained']:,} trained on, "
+        f"{cost['peak_memory_bytes'] / 1e9:.1f} GB at most ({cost['peak_memory_of']}).",
+        "",
+        "## How to make it again",
+        "",
+        "```bash",
+        "oprd train --from RUN          # RUN: the folder with this run's manifest.json",
+        "oprd train --config recipe.yaml",
+        "```",
+        "",
+        "```yaml",
+        yaml.safe_dump(config, sort_keys=True).strip(),
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in session["versions"].items()) + ".",
+        "",
+        "## Citation",
+        "",
+        "```bibtex",
+        CITATION,
+        "```",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n")
+
+
+def write_card(run: Path) -> Path:
+    """Write the card into the run's ``final/``."""
+    path = Path(run) / "final" / "README.md"
+    write_text(path, str(render_card(run)))
+    return path

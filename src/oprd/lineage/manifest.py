@@ -1,0 +1,163 @@
+"""``manifest.json``: who a student is, from what, with what, at what cost. One file a run, replaced atomically."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from oprd.lineage import machine
+from oprd.lineage.hashing import combined_hash, folder_hashes
+from oprd.records import read_json, write_json
+
+NAME = "manifest.json"
+SCHEMA = 1
+INPUTS = ("student", "teacher", "bridge", "data")
+WRITE_SECONDS = 5.0
+
+
+def now() -> str:
+    """ISO time, UTC, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run_name(run: Path) -> str:
+    """The folder's name; a second stage has its run's before it."""
+    path = Path(run).resolve()
+    return f"{path.parent.name}-{path.name}" if path.name == "then" else path.name
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run directory.
+
+    Raises:
+        ValueError: none there, broken, or of a version of this file that is not known.
+    """
+    path = Path(run) / NAME
+    if not path.exists():
+        raise ValueError(f"{run} is not a run of oprd train: it holds no {NAME}.")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has another schema than {SCHEMA}: it was written by another version of oprd.")
+    return manifest
+
+
+def differing_inputs(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Inputs whose content differs between two manifests, each as a line."""
+    lines = []
+    for name in INPUTS:
+        was, is_now = before.get(name), after.get(name)
+        named = [("", was, is_now)]
+        if name == "data":
+            keys = sorted({*(was or {}), *(is_now or {})})
+            named = [(f" ({key})", (was or {}).get(key), (is_now or {}).get(key)) for key in keys]
+        for part, one, other in named:
+            hashes = [None if record is None else record["hash"] for record in (one, other)]
+            if hashes[0] != hashes[1]:
+                told = ["none" if r is None else f"{r['name']} {r['hash'][:12]}" for r in (one, other)]
+                changed = ""
+                if one and other and "files" in one and "files" in other:
+                    files = sorted(
+                        f for f in {*one["files"], *other["files"]} if one["files"].get(f) != other["files"].get(f)
+                    )
+                    changed = f", in {', '.join(files[:3])}" + (" and more" if len(files) > 3 else "")
+                lines.append(f"{name}{part}: {told[0]} there, {told[1]} now{changed}")
+    return lines
+
+
+class Manifest:
+    """The manifest of a run that is going on. Only the main process should hold one.
+
+    A resumed run adds a session; cost is the sum over sessions, work that a kill threw away included.
+    """
+
+    def __init__(self, run: Path, content: dict[str, Any]) -> None:
+        self._path, self.content = Path(run) / NAME, content
+        self._clock, self._written = time.monotonic(), None
+
+    @classmethod
+    def start(cls, run: Path, *, identity: dict[str, Any], processes: int, resumed: bool) -> Manifest:
+        """Begin or, where ``resumed``, go on. Nothing is written before the first `update`.
+
+        Args:
+            identity: config, student, teacher, bridge, data, seeds, parent, repeats, command.
+
+        Raises:
+            ValueError: a resumed run whose inputs are no longer those it began with.
+        """
+        import oprd as package
+
+        session = {
+            "started": now(),
+            "updated": now(),
+            "versions": machine.versions(),
+            "hardware": machine.hardware(processes),
+            "git": {"oprd": machine.git_state(Path(package.__file__)), "here": machine.git_state(Path.cwd())},
+            "wall_seconds": 0.0,
+            "tokens_generated": 0,
+            "tokens_trained": 0,
+            "updates": 0,
+            "peak_memory_bytes": 0,
+            "peak_memory_of": "host",
+        }
+        if resumed and (Path(run) / NAME).exists():
+            content = read_manifest(run)
+            differing = differing_inputs(content, identity)
+            if differing:
+                raise ValueError(
+                    f"{run} began with other inputs: {'; '.join(differing)}. Restore them, or start a new run."
+                )
+            content["sessions"].append(session)
+        else:
+            content = {
+                "schema": SCHEMA,
+                "run": run_name(run),
+                "status": "running",
+                "created": now(),
+                **identity,
+                "sessions": [session],
+                "cost": {},
+                "final": None,
+            }
+        content["status"] = "running"
+        return cls(run, content)
+
+    def update(self, *, force: bool = False, **session: Any) -> None:
+        """Take in what the session has cost so far, and write unless that was done a moment ago."""
+        elapsed = time.monotonic() - self._clock
+        current = self.content["sessions"][-1]
+        current |= session | {"updated": now(), "wall_seconds": round(elapsed, 1)}
+        self.content["cost"] = total_cost(self.content["sessions"])
+        if force or self._written is None or elapsed - self._written >= WRITE_SECONDS:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self.content)
+            self._written = elapsed
+
+    def finish(self, final: Path) -> None:
+        """The run is done; ``final`` is hashed."""
+        files = folder_hashes(final)
+        self.content |= {"status": "finished", "final": {"hash": combined_hash(files), "files": files}}
+        self.update(force=True)
+
+    def fail(self, error: BaseException) -> None:
+        """The run stopped with an error; one that never began leaves nothing behind."""
+        if self._written is None:
+            return
+        stopped = isinstance(error, KeyboardInterrupt)
+        self.content |= {"status": "interrupted" if stopped else "failed"}
+        self.update(force=True, error="interrupted" if stopped else f"{type(error).__name__}: {error}")
+
+
+def total_cost(sessions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over sessions: seconds, device hours (GPUs where there are any, else processes), tokens; the highest peak."""
+    return {
+        "wall_seconds": round(sum(s["wall_seconds"] for s in sessions), 1),
+        "device_hours": round(sum(s["wall_seconds"] * s["hardware"]["processes"] for s in sessions) / 3600, 4),
+        "device": (sessions[-1]["hardware"]["gpus"] or [sessions[-1]["hardware"]["processor"]])[0],
+        "tokens_generated": sum(s["tokens_generated"] for s in sessions),
+        "tokens_trained": sum(s["tokens_trained"] for s in sessions),
+        "peak_memory_bytes": max(s["peak_memory_bytes"] for s in sessions),
+        "peak_memory_of": sessions[-1]["peak_memory_of"],
+        "sessions": len(sessions),
+    }

@@ -1,0 +1,233 @@
+"""Scores on benchmarks while a run goes on, and the best student so far by a validation set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
+
+from oprd._compat import unwrap_model_for_generation
+from oprd.evaluation.benchmarks import Benchmark, load_benchmark, statement_of
+from oprd.evaluation.evaluate import encode_prompts, evaluate, room_for, write_evaluation
+from oprd.evaluation.sampling import Sampling
+from oprd.evaluation.summary import Evaluation
+from oprd.models import text_config
+from oprd.records import read_json, write_json
+from oprd.training.options import BENCHMARK_HELP
+
+logger = get_logger(__name__)
+
+EVALUATIONS, BEST, SCORE = "evaluations", "best", "score.json"
+
+
+def _option(name: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": BENCHMARK_HELP[name].replace("%", "%%")})
+
+
+@dataclass
+class BenchmarkConfig:
+    """Which benchmarks are scored during training, how, and what counts as best.
+
+    Raises:
+        ValueError: a setting that would be ignored, or one that is needed and missing.
+    """
+
+    validation_benchmark: str | None = _option("validation_benchmark", None)
+    test_benchmarks: str | None = _option("test_benchmarks", None)
+    benchmark_steps: int | None = _option("benchmark_steps", None)
+    benchmark_samples: int = _option("benchmark_samples", 4)
+    benchmark_temperature: float = _option("benchmark_temperature", 0.7)
+    benchmark_top_p: float = _option("benchmark_top_p", 0.95)
+    benchmark_max_new_tokens: int | None = _option("benchmark_max_new_tokens", None)
+    benchmark_batch_size: int = _option("benchmark_batch_size", 128)
+    benchmark_limit: int | None = _option("benchmark_limit", None)
+    best_metric: str = _option("best_metric", "avg_at_k")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.test_benchmarks, list):
+            self.test_benchmarks = ",".join(map(str, self.test_benchmarks))
+        used = self.validation_benchmark is not None or bool(self.tests)
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if changed and not used:
+            raise ValueError(f"{', '.join(changed)} would be ignored: set validation_benchmark or test_benchmarks.")
+        if used and (self.benchmark_steps is None or self.benchmark_steps < 1):
+            raise ValueError(
+                "validation_benchmark and test_benchmarks need benchmark_steps: score every so many updates."
+            )
+        if self.best_metric != "avg_at_k" and self.validation_benchmark is None:
+            raise ValueError(
+                "best_metric would be ignored: the best student is chosen on validation_benchmark, never on a test."
+            )
+        power = self.best_metric.removeprefix("pass_at_")
+        if self.best_metric not in ("avg_at_k", "best_at_k") and not (power.isdigit() and power != self.best_metric):
+            raise ValueError(f"best_metric must be avg_at_k, best_at_k or pass_at_N, got {self.best_metric!r}.")
+        if power.isdigit() and not 1 <= int(power) <= self.benchmark_samples:
+            raise ValueError(f"best_metric: {self.best_metric} needs benchmark_samples of at least {power}.")
+        if used:
+            self.sampling(max_new_tokens=1, seed=0)
+
+    @property
+    def tests(self) -> list[str]:
+        """Names of the test benchmarks."""
+        return [name.strip() for name in (self.test_benchmarks or "").split(",") if name.strip()]
+
+    def sampling(self, *, max_new_tokens: int, seed: int) -> Sampling:
+        """How answers are drawn."""
+        return Sampling(
+            samples=self.benchmark_samples,
+            temperature=self.benchmark_temperature,
+            top_p=self.benchmark_top_p,
+            max_new_tokens=self.benchmark_max_new_tokens or max_new_tokens,
+            batch_size=self.benchmark_batch_size,
+            seed=seed,
+        )
+
+
+def load_benchmarks(config: BenchmarkConfig, *, has_template: bool) -> dict[str, Benchmark]:
+    """The benchmarks of a run, the validation set first.
+
+    Raises:
+        ValueError: a test benchmark with problems of the validation set; two benchmarks of one name.
+    """
+    found: dict[str, Benchmark] = {}
+    for source in [*([config.validation_benchmark] if config.validation_benchmark else []), *config.tests]:
+        benchmark = load_benchmark(source, has_template=has_template, limit=config.benchmark_limit)
+        if benchmark.name in found:
+            raise ValueError(
+                f"Two benchmarks are called {benchmark.name}: {source} and {found[benchmark.name].source}."
+            )
+        found[benchmark.name] = benchmark
+    if config.validation_benchmark:
+        first, *tests = found.values()
+        chosen = {statement_of(problem.prompt) for problem in first.problems}
+        for test in tests:
+            shared = sum(statement_of(problem.prompt) in chosen for problem in test.problems)
+            if shared:
+                raise ValueError(
+                    f"test benchmark {test.name} shares {shared} problems with the validation benchmark {first.name}: a best "
+                    "student chosen on test problems says nothing. Choose another validation_benchmark."
+                )
+    return found
+
+
+class BenchmarkScores(TrainerCallback):
+    """Scores the student every n updates into ``evaluations/step-N/`` and the log; keeps the best under ``best``.
+
+    ``best`` is a link to ``best-step-N/``, moved in one stroke, with the score that made it best in ``score.json``. The
+    random state of training is left alone: a run with benchmarks trains as one without.
+    """
+
+    def __init__(self, trainer: Any, config: BenchmarkConfig, benchmarks: dict[str, Benchmark]) -> None:
+        self._trainer, self._config, self._benchmarks = trainer, config, benchmarks
+        self._directory = Path(trainer.args.output_dir)
+        self._sampling = config.sampling(max_new_tokens=trainer.args.max_completion_length, seed=trainer.args.seed)
+        self._validation = next(iter(benchmarks)) if config.validation_benchmark else None
+        self._scored_at: int | None = None
+        self.seconds = 0.0
+        context = getattr(text_config(trainer.model), "max_position_embeddings", None)
+        for benchmark in benchmarks.values():
+            prompts = encode_prompts(trainer.processing_class, benchmark.problems)
+            try:
+                room_for(prompts, context, self._sampling.max_new_tokens, self._sampling.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"{benchmark.source}: {error} Or set benchmark_max_new_tokens.") from error
+            self._warn_of_training_problems(benchmark)
+
+    def _warn_of_training_problems(self, benchmark: Benchmark) -> None:
+        dataset = self._trainer.train_dataset
+        seen = {statement_of(prompt) for prompt in dataset["prompt"]} if hasattr(dataset, "__len__") else set()
+        shared = sum(statement_of(problem.prompt) in seen for problem in benchmark.problems)
+        if shared:
+            logger.warning(
+                f"{shared} of {len(benchmark.problems)} problems of {benchmark.name} are among the training prompts: its score "
+                "says how well they were learnt, not how the student does on new ones."
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.score(state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self._config.benchmark_steps == 0 and state.global_step < state.max_steps:
+            self.score(state, control)
+
+    def score(self, state: Any, control: Any) -> None:
+        """Score the student as it is now. Every process must call it."""
+        trainer, step = self._trainer, state.global_step
+        if self._scored_at == step:
+            return
+        self._scored_at, started = step, time.monotonic()
+        is_main = trainer.accelerator.is_main_process
+        logs: dict[str, float] = {}
+        found: dict[str, Evaluation] = {}
+        for name, benchmark in self._benchmarks.items():
+            evaluation = found[name] = self._evaluate(benchmark, f"{name} at {step}")
+            if not is_main:
+                continue
+            settings = {"model": str(self._directory), "step": step, "role": self._role(name)}
+            folder = self._directory / EVALUATIONS / f"step-{step:06d}" / name
+            summary = write_evaluation(folder, benchmark, self._sampling, evaluation, settings)
+            for metric in ("avg_at_k", "best_at_k", "mean_length"):
+                logs[f"{self._role(name)}/{name}/{metric}"] = summary[metric]["value"]
+            logs[f"{self._role(name)}/{name}/cut_off"] = summary["cut_off"]
+            shown = summary["avg_at_k"]
+            logger.info(
+                f"update {step}, {name}: Avg@{summary['samples']} {shown['value']:.1f} "
+                f"[{shown['low']:.1f}, {shown['high']:.1f}], {summary['mean_length']['value']:.0f} tokens"
+            )
+        if is_main:
+            trainer.callback_handler.on_log(trainer.args, state, control, logs)
+        if self._validation is not None:
+            self._keep_if_best(step, found[self._validation])
+        self.seconds += time.monotonic() - started
+
+    def _role(self, name: str) -> str:
+        return "validation" if name == self._validation else "test"
+
+    def _evaluate(self, benchmark: Benchmark, progress: str) -> Evaluation:
+        """Processes share the batches; sharded models answer them all together, in step."""
+        accelerator = self._trainer.accelerator
+        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
+        part = (0, 1) if sharded else (accelerator.process_index, accelerator.num_processes)
+        shown = progress if accelerator.is_main_process and not self._trainer.args.disable_tqdm else None
+        with unwrap_model_for_generation(self._trainer.model_wrapped, accelerator) as model, accelerator.autocast():
+            tokenizer = self._trainer.processing_class
+            graded = evaluate(model, tokenizer, benchmark.problems, part=part, progress=shown, **vars(self._sampling))
+        if part == (0, 1):
+            return graded
+        return Evaluation.of(gather_object(graded))
+
+    def _keep_if_best(self, step: int, evaluation: Evaluation) -> None:
+        trainer, best = self._trainer, self._directory / BEST
+        estimate = evaluation.estimate(self._config.best_metric)
+        is_better = not best.exists() or read_json(best / SCORE)["value"] < estimate["value"]
+        (is_better,) = broadcast_object_list([is_better])  # the first process decides
+        if not is_better:
+            return
+        target = self._directory / f"{BEST}-step-{step:06d}"
+        trainer.save_model(str(target))
+        if trainer.accelerator.is_main_process:
+            (target / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
+            score = {"step": step, "benchmark": self._validation, "metric": self._config.best_metric, **estimate}
+            write_json(target / SCORE, score)
+            old = best.resolve() if best.is_symlink() else None
+            fresh = self._directory / f".{BEST}"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(target.name)
+            os.replace(fresh, best)
+            if old is not None and old != target.resolve():
+                shutil.rmtree(old, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+
+
+def best_score(run: Path) -> dict[str, Any] | None:
+    """Step, benchmark, metric and value of the student in ``best``, or None."""
+    path = Path(run) / BEST / SCORE
+    return read_json(path) if path.exists() else None
