@@ -11,6 +11,7 @@ from oprd.commands.demo import add_demo
 from oprd.commands.eval import add_eval
 from oprd.commands.gate import add_gate
 from oprd.commands.registry import add_registry
+from oprd.commands.report import add_report
 from oprd.commands.train import run_train
 
 OWN_KEYS = {"train": run_train, "bridge": run_bridge}  # commands whose keys another parser reads
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
     commands.add_parser("bridge", help="fit a bridge between two models, or look into one", add_help=False)
-    for add in (add_eval, add_compare, add_gate, add_registry, add_demo):
+    for add in (add_eval, add_compare, add_report, add_gate, add_registry, add_demo):
         add(commands)
     return parser
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and options.command not in OWN_KEYS:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return OWN_KEYS[options.command](rest) if options.command in OWN_KEYS else options.run(options)
+        return OWN_KEYS[options.command](rest) if options.command in OWN_KEYS else options.run_command(options)
     except (ValueError, OSError) as error:
         if options.traceback:
             raise

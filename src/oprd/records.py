@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` in one stroke: readers see the old file or the new one, never half of one. No NaN."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
+def as_json(value: Any, what: str) -> str:
+    """The value as JSON text; ``what`` names it in the error.
 
-
-def write_text(path: Path, text: str) -> None:
-    """The same for text."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    Raises:
+        ValueError: NaN, infinity, or something else that JSON does not have.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{what} cannot be written as JSON ({error}). Use plain values, None for no number."
+        ) from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """`write_text` of a value as JSON.
+
+    Raises:
+        ValueError: as of `as_json`; the old file stays.
+    """
+    write_text(path, as_json(value, str(path)))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file such that a reader, or whoever comes after a crash, finds the old one or the new one, whole."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(partial, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def sync(*paths: Path) -> None:
+    """Have files, and the names in folders, reach the disk; some file systems know no such thing for a folder."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:
+            if not path.is_dir():
+                raise
+        finally:
+            os.close(handle)
 
 
 def read_json(path: Path) -> Any:

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from unit.grading_cases import KNOWN_LIMITS, RIGHT, WRONG
 
 from oprd.evaluation import Verdict, grade, grading, judge
+from unit.grading_cases import KNOWN_LIMITS, RIGHT, WRONG
 
 CASES = [
     pytest.param(*case, verdict, id=f"{verdict}-{kind}-{case[0]}-{case[1]}")
@@ -121,7 +121,7 @@ def test_random_strings_never_raise(worker):
 def test_repetition_takes_no_longer_than_asked(worker, fragment):
     start = time.monotonic()
     judge(f"\\boxed{{{fragment * (1900 // len(fragment))}x}}", "x", timeout=0.3)
-    assert time.monotonic() - start < 1.5 + 5 * (worker._process is None)
+    assert time.monotonic() - start < 3
 
 
 # Its process
@@ -154,9 +154,7 @@ def test_a_comparison_that_wants_too_much_memory_is_undecided(worker):
 
 
 def test_not_equal_is_not_believed_past_the_soft_limit_of_memory():
-    program = (
-        "import sys; import oprd.evaluation; m = sys.modules['oprd.evaluation.judge']; m.SOFT_MEMORY = 1; m.serve()"
-    )
+    program = "import sys; import oprd.evaluation; m = sys.modules['oprd.evaluation.equivalence']; m.SOFT_MEMORY = 1; m.serve()"
     requests = b'["x+x", "2x", 5]\n["x+x", "3x", 5]\n["x+x", "2x", 5]\n'
     answered = subprocess.run([sys.executable, "-c", program], input=requests, stdout=subprocess.PIPE)
     assert answered.stdout == b"true\ntrue\n" and answered.returncode == 1
@@ -273,7 +271,7 @@ def test_what_libraries_print_does_not_reach_the_pipe(path_of_worker):
 
 def test_the_process_imports_no_torch():
     program = (
-        "import sys; from oprd.evaluation.judge import same; assert same('x+x', '2x');"
+        "import sys; from oprd.evaluation.equivalence import same; assert same('x+x', '2x');"
         "print([name for name in ('torch', 'transformers', 'trl') if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True, stderr=subprocess.DEVNULL) == "[]\n"

@@ -1,5 +1,4 @@
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from oprd.lineage.hashing import (
     file_hash,
     files_below,
     folder_hashes,
-    write_json,
 )
 
 
@@ -137,44 +135,6 @@ def test_copies_hold_what_links_lead_to(tmp_path):
     copied = {name: (tmp_path / "target" / name).read_bytes() for name in files_below(tmp_path / "target", hidden=True)}
     assert copied == {"a": b"1", "sub/b": b"2", ".hidden": b"3", "c": b"4"}
     assert not any(path.is_symlink() for path in (tmp_path / "target").rglob("*"))
-
-
-def test_json_is_written_for_people(tmp_path):
-    write_json(tmp_path / "a.json", {"b": [1, None], "a": "é"})
-    assert (tmp_path / "a.json").read_text() == '{\n  "b": [\n    1,\n    null\n  ],\n  "a": "\\u00e9"\n}\n'
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, {"deep": [object()]}])
-def test_what_json_does_not_have_leaves_the_old_file(tmp_path, value):
-    write_json(tmp_path / "a.json", 1)
-    with pytest.raises(ValueError, match=r"a\.json cannot be written as JSON"):
-        write_json(tmp_path / "a.json", value)
-    assert json.loads((tmp_path / "a.json").read_text()) == 1
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    write_json(tmp_path / "a.json", 1)
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, step, full)
-    with pytest.raises(OSError, match="No space"):
-        write_json(tmp_path / "a.json", 2)
-    assert json.loads((tmp_path / "a.json").read_text()) == 1
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_the_content_is_on_disk_before_it_has_the_name(tmp_path, monkeypatch):
-    steps = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *names: (steps.append("replace"), replace(*names)))
-    write_json(tmp_path / "a.json", 1)
-    assert steps == ["fsync", "replace", "fsync"]
 
 
 def test_needs_the_standard_library_alone():

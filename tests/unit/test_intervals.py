@@ -209,7 +209,7 @@ def test_monte_carlo_p_value_is_never_zero():
 
 def test_swapping_models_turns_the_comparison_round():
     one, two = paired_comparison(VALUES, OTHER), paired_comparison(OTHER, VALUES)
-    assert 0.01 < one.p_value < 0.99
+    assert 0.001 < one.p_value < 0.5  # not at an end, where any draws agree
     assert one.difference == pytest.approx(-two.difference)
     assert one.p_value == two.p_value
     assert (one.low, one.high) == pytest.approx((-two.high, -two.low), abs=0.5)  # other resamples

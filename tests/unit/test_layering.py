@@ -42,6 +42,7 @@ PURE = {
     "evaluation/metrics.py": {"numpy"},
     "evaluation/summary.py": {"numpy"},
     "evaluation/grading.py": set(),
+    "evaluation/equivalence.py": set(),
     "lineage/hashing.py": set(),
     "lineage/machine.py": set(),
     "lineage/gates.py": {"yaml"},

@@ -28,7 +28,7 @@ def add_compare(commands) -> None:
         "mean_length, distinct_4, cut_off, no_box")  # fmt: skip
     parser.add_argument("--plot", default="comparison.png", help="where the plot goes (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=run_compare)
+    parser.set_defaults(run_command=run_compare)
 
 
 def run_compare(options: argparse.Namespace) -> int:

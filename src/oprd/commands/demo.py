@@ -25,7 +25,7 @@ def add_demo(commands) -> None:
         "--rebuild", action="store_true", help="train the miniature's student and teacher again, then stop"
     )
     demo.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run_command=run_demo)
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def add_eval(commands) -> None:
     add("--gpu_memory_utilization", type=float, default=None, help="share of each GPU's memory that vLLM takes")
     add("--max_model_len", type=int, default=None, help="context length for vLLM")
     add("--json", action="store_true", help="print the summaries as JSON instead of a table")
-    parser.set_defaults(run=run_eval)
+    parser.set_defaults(run_command=run_eval)
 
 
 def run_eval(options: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def add_gate(commands) -> None:
     parser.add_argument("--against", default=None, metavar="BASELINE", help="a run, or a folder of evaluations")
     parser.add_argument("--config", required=True, metavar="GATES", help="YAML file with the thresholds")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=run_gate)
+    parser.set_defaults(run_command=run_gate)
 
 
 def run_gate(options: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ def add_registry(commands) -> None:
     rollback.add_argument("--to", type=int, default=None, metavar="VERSION", help="go back to this one")
     rollback.add_argument("--reason", required=True)
     action("verify", "check every file against its hash; exit code 1 if something is wrong")
-    parser.set_defaults(run=run_registry)
+    parser.set_defaults(run_command=run_registry)
 
 
 def run_registry(options: argparse.Namespace) -> int:

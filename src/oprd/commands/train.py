@@ -44,6 +44,7 @@ def run_train(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--json"]
     show_events()
     from oprd.insight.plots import plot_runs
+    from oprd.insight.report import write_report
     from oprd.insight.tables import run_summary
     from oprd.training.callbacks import read_metrics
     from oprd.training.run import run
@@ -52,6 +53,7 @@ def run_train(arguments: list[str]) -> int:
     if is_main:
         metrics = read_metrics(directory / "metrics.jsonl")
         plot_runs({directory.name: metrics}, directory / "plots")
-        summary = run_summary(metrics) | {"final": str(directory / "final"), "plots": str(directory / "plots")}
+        places = {"final": directory / "final", "plots": directory / "plots", "report": write_report(directory)}
+        summary = run_summary(metrics) | {name: str(path) for name, path in places.items()}
         show_rows([summary], as_json)
     return 0

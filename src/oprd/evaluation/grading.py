@@ -21,7 +21,7 @@ import unicodedata
 from enum import StrEnum
 from functools import lru_cache
 
-from oprd.evaluation.judge import same_number
+from oprd.evaluation.equivalence import same_number
 
 LONGEST = 2000  # characters of an answer that is still read as mathematics
 START_SECONDS = 120.0
@@ -154,7 +154,8 @@ _RULES = [
         (r"\\?\$|(?<!\\)\\(?:[!()\[\]]|(?:displaystyle|limits)(?![a-z]))", ""),
         (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))|~", " "),
         (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
-        (r"[\s.,;:]+$", ""),
+        (r"[\s.,;:\\]+$", ""),
+        (r"(?i)^(?:the )?(?:final )?answer(?: is\b)?\s*:?", ""),
         (r"\{,\}", ","),
         (r"\\(?:varnothing|emptyset)(?![a-z])|^\\\{\s*\\\}$", r"\\emptyset "),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
@@ -195,7 +196,7 @@ def _tidy(text: str) -> str:
 
 
 class _Worker:
-    """The caller's end of ``python -m oprd.evaluation.judge``: started at need, killed on overrun, one per process."""
+    """The caller's end of ``python -m oprd.evaluation.equivalence``: started at need, killed on overrun, one per process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -224,7 +225,7 @@ class _Worker:
 
     def _start(self) -> None:
         self.stop()
-        command = [sys.executable, "-P", "-m", "oprd.evaluation.judge"]
+        command = [sys.executable, "-P", "-m", "oprd.evaluation.equivalence"]
         # One order of sets, one thread, and the modules that this process sees (a working directory is none of them).
         path = os.pathsep.join(entry for entry in sys.path if entry)
         settings = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -106,9 +106,9 @@ def bootstrap_interval(
     Method: BCa (bias-corrected and accelerated) percentiles, with Student's quantile in place of the normal one. Plain
     percentiles hold the truth too rarely with few problems, most of all for skewed values; of the corrections that
     were simulated this one stays closest to 95 % from 30 problems on, skewed or not, but for a mean near a bound:
-    91 % at a mean of 3 % (``benchmarks/interval_coverage.py``). Values that all lie on a bound (Best@k, pass@1 of one sample) are a
-    proportion and get its Wilson score interval, whose far end is an exact limit where a count is 1 to 3, as Wilson's
-    is too short there (Brown, Cai and DasGupta 2001).
+    91 % at a mean of 3 % (``benchmarks/interval_coverage.py``). Values that all lie on a bound (Best@k, pass@1 of one
+    sample) are a proportion and get its Wilson score interval, whose far end is an exact limit where a count is 1 to
+    3, as Wilson's is too short there (Brown, Cai and DasGupta 2001).
 
     No interval can see what no problem shows. Without any spread, within bounds, the value counts as a proportion of P
     problems, which is the widest reading; one problem gives the bounds themselves. Without bounds both give ``(v, v)``.

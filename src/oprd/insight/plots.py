@@ -92,21 +92,21 @@ def plot_bubbles(rows: Sequence[Row], path: str | Path) -> bool:
     most = max(row["cost"]["peak_memory_bytes"] for row in costed) or 1
     longest = max(row["cost"]["wall_seconds"] for row in costed)
     unit, name = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
-    figure = Figure(figsize=(6.4 * len(benchmarks), 4.4), layout="constrained")
+    figure = Figure(figsize=(7.6 * len(benchmarks), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, benchmark in zip(figure.subplots(1, len(benchmarks), squeeze=False)[0], benchmarks, strict=True):
         for index, row in enumerate(r for r in costed if r["benchmark"] == benchmark):
             score, cost = row["summary"]["avg_at_k"], row["cost"]
             x, y, color = cost["wall_seconds"] / unit, score["value"], f"C{index}"
-            spread = [[y - score["low"]], [score["high"] - y]]
+            spread, memory = [[y - score["low"]], [score["high"] - y]], cost["peak_memory_bytes"]
             panel.errorbar(x, y, yerr=spread, color=color, capsize=3, linewidth=1.2, zorder=1)
-            memory = cost["peak_memory_bytes"]
-            panel.scatter(x, y, s=900 * memory / most, color=color, alpha=0.45, zorder=2, linewidths=0)
             label = f"{row['model']}, {memory / 1e9:.2g} GB"
-            panel.annotate(label, (x, y), xytext=(16, 6), textcoords="offset points", color=color)
+            panel.scatter(x, y, s=900 * memory / most, color=color, alpha=0.45, zorder=2, linewidths=0, label=label)
         k = rows[0]["summary"]["samples"]
         panel.set(title=benchmark, xlabel=f"wall-clock {name}", ylabel=f"Avg@{k}, % (95 % interval)")
-        panel.margins(x=0.35, y=0.2)
+        panel.margins(x=0.3, y=0.25)
+        for handle in panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)).legend_handles:
+            handle.set_sizes([60])
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,9 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 # Beside a model, but not what makes it: prose, git's settings, how it was trained, where it came from.
 SKIP = ("README.md", ".gitattributes", "training_args.bin", "run-manifest.json")
@@ -98,55 +96,8 @@ def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str
     return lines
 
 
-def as_json(value: Any, what: str) -> str:
-    """The value as JSON text; ``what`` names it in the error.
-
-    Raises:
-        ValueError: NaN, infinity, or something else that JSON does not have.
-    """
-    try:
-        return json.dumps(value, indent=2, allow_nan=False) + "\n"
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{what} cannot be written as JSON ({error}). Use plain values, None for no number."
-        ) from error
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a value such that a reader, or whoever comes after a crash, finds the old file or the new one, whole.
-
-    Raises:
-        ValueError: as of `as_json`; the old file stays.
-    """
-    path = Path(path)
-    text = as_json(value, str(path))
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
-
-
 def copy_folder(source: Path, target: Path) -> None:
     """Copy all files below a folder, hidden ones too; of links, what they lead to."""
     for name in sorted(files_below(source, hidden=True)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
-
-
-def sync(*paths: Path) -> None:
-    """Have files, and the names in folders, reach the disk; some file systems know no such thing for a folder."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError:
-            if not path.is_dir():
-                raise
-        finally:
-            os.close(handle)

@@ -1,4 +1,4 @@
-"""Whether two tidied answers mean the same, and the process that finds out (``python -m oprd.evaluation.judge``).
+"""Whether two tidied answers mean the same, and the process that finds out (``python -m oprd.evaluation.equivalence``).
 
 sympy can hang inside C code or eat all memory, where no exception and no signal handler helps. So expressions are
 compared in a process that may be killed; ``grading`` holds the caller's end of it. No torch in here: it must start fast.
@@ -27,7 +27,7 @@ _FRACTION = re.compile(
 )
 _REPEATING = re.compile(r"([+-]?\d*\.)(\d*)\\(?:overline|bar)\{(\d+)\}", re.ASCII)
 _COLUMN = re.compile(r"\\begin\{[pb]matrix\}([^&]*)\\end\{[pb]matrix\}")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z '.,-]+")
+_WORDS = re.compile(r"[A-Za-z](?:[A-Za-z '.]|(?<=[A-Za-z]{2})-(?=[A-Za-z]{2}))+")  # a-b is a difference
 _PHRASE = re.compile(r"[\d :.,]*(?:[A-Z]{2,}|[A-Z]?[a-z]+)")  # 10 AM
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _BASE = re.compile(r"([0-9A-F]*\d[0-9A-F]*)_\{?(\d+)\}?", re.ASCII)
@@ -105,7 +105,7 @@ def _items(text: str) -> tuple[str, list[str]]:
     """Brackets and members of ``(1,2]`` or ``\\{1,2\\}``; no brackets for ``1,2``; one member for anything else."""
     if match := _COLUMN.fullmatch(text):
         return "()", [member.strip() for member in match[1].split(r"\\") if member.strip()]
-    if r"\begin" in text:
+    if not text or r"\begin" in text:
         return "", [text]
     tokens, depth, cuts, wrapped = _TOKEN.findall(text), 0, {0: [], 1: []}, True
     for at, token in enumerate(tokens):
@@ -183,12 +183,12 @@ def _expression(text: str) -> Any:
     import sympy
     from latex2sympy2_extended import NormalizationConfig
 
-    # Its own removal of units takes variables too: 2t would be 2. The first match only: it would search for a part
-    # that it can read, and `\frac{1}{2} +` would be one half.
+    if text.endswith("\\") or "answer" in text.lower():
+        return None  # it would look for a part that it can read: one half in `answer: \frac{1}{2}+3`
+    # Its own removal of units takes variables too: 2t would be 2.
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=rules)]
-    options = {"fallback_mode": "no_fallback", "extraction_mode": "first_match", "parsing_timeout": None}
-    found = math_verify.parse(f"${text}$", config, **options)
+    found = math_verify.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
     if not found:
         return None
     exact = {value: sympy.Rational(str(value)) for value in found[0].atoms(sympy.Float)}
