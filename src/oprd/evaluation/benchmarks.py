@@ -67,10 +67,10 @@ def add_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[di
 
     An instruction to box the answer counts as there wherever the prompt says ``\\boxed``.
     """
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    if suffix in text or ("\\boxed" in suffix and "\\boxed" in text):
+    said = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if any(suffix in text or ("\\boxed" in suffix and "\\boxed" in text) for text in said):
         return prompt
-    text = f"{text.rstrip()} {suffix}"
+    text = f"{said[-1].rstrip()} {suffix}"
     return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
 
 
@@ -135,7 +135,7 @@ def load_benchmark(
     short, source = _source(name, split)
     rows = read_prompts(**source, drop_duplicates=True, **columns)[:limit]
     for row in rows:
-        if row.answer is None:
+        if not (row.answer or "").strip():
             raise ValueError(f"{name}, {row.place}: no answer to grade against. Set answer_column.")
     odd = odd_kind(rows)
     if odd:

@@ -50,7 +50,9 @@ def room_for(prompts: Sequence[list[int]], context: int | None, wanted: int | No
         ValueError: ``wanted`` does not fit, or nothing does; the longest prompt is named.
     """
     longest = max(range(len(prompts)), key=lambda place: len(prompts[place]))
-    room = most if context is None else context - len(prompts[longest])
+    if context is None:
+        return wanted or most
+    room = context - len(prompts[longest])
     if room < max(1, wanted or 1):
         raise ValueError(
             f"Problem {longest + 1}: a prompt of {len(prompts[longest])} tokens leaves {max(room, 0)} of the context of "
@@ -169,13 +171,15 @@ def record(
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         with lock:
-            _same_settings(directory, settings)
-            write_json(directory / PROBLEMS, [vars(problem) for problem in benchmark.problems])
             prompts = encode_prompts(engine.tokenizer, benchmark.problems, template)
             room_for(prompts, engine.context, sampling.max_new_tokens, sampling.max_new_tokens)
+            _same_settings(directory, settings)
+            write_json(directory / PROBLEMS, [vars(problem) for problem in benchmark.problems])
             batches = batches_of(prompts, sampling)
             graded = _kept(directory / RESPONSES, batches)
             done = 0 if not graded else graded[-1].batch + 1
+            if done < len(batches):  # a folder with it is whole
+                (directory / SUMMARY).unlink(missing_ok=True)
             with (directory / RESPONSES).open("a", encoding="utf-8") as file:
                 remaining = range(done, len(batches))
                 for batch in _answers(engine, benchmark.problems, prompts, sampling, remaining, progress):

@@ -12,6 +12,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from oprd.models import end_of_turn, end_token_ids, text_config
 
 DEFAULT_MAX_NEW_TOKENS = 32768
+# Spelled out, for what is open generate() takes from the model's own generation config, as Qwen's repetition penalty.
+PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
+PLAIN_DRAWS = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class TransformersEngine:
         self.model, self.tokenizer = model, tokenizer
         self.context = getattr(text_config(model), "max_position_embeddings", None)
         self._ends = _ends(tokenizer, model.generation_config)
-        rows = text_config(model).vocab_size  # rows beyond the tokenizer stand for no token: never sample them
-        self._padded = list(range(len(tokenizer), rows)) or None
+        known = {*tokenizer.get_vocab().values(), *self._ends}  # other rows stand for no token: never sample them
+        self._padded = [row for row in range(text_config(model).vocab_size) if row not in known] or None
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
@@ -95,8 +98,9 @@ class TransformersEngine:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self._ends)
         drawn = {"do_sample": False}
         if sampling.temperature > 0:
-            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **PLAIN_DRAWS}
         config = GenerationConfig(
+            **PLAIN,
             **drawn,
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,

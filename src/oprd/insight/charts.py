@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 INK = "#010203"  # stands for the page's own text colour until the SVG is written
 COLORS = (
@@ -65,6 +67,7 @@ def _style():
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
+            "text.parse_math": False,  # names may hold dollars
             "font.size": 9.5,
             "font.family": "sans-serif",
             "text.color": INK,
@@ -87,7 +90,7 @@ def _svg(figure, name: str, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
     return text.replace(INK, "currentColor")
@@ -104,8 +107,8 @@ def line_chart(
     whole_x: bool = False,
     note: str = "",
 ) -> Chart | None:
-    """Lines with bands. Curves without a point are left out; None if none is left."""
-    curves = {label: curve for label, curve in curves.items() if len(curve.x)}
+    """Lines with bands. Curves without a point to draw are left out; None if none is left."""
+    curves = {label: curve for label, curve in curves.items() if any(map(math.isfinite, curve.y))}
     if not curves:
         return None
     marks = 0
@@ -133,7 +136,7 @@ def area_chart(
     name: str, title: str, parts: Mapping[str, Curve], *, xlabel: str = "update", ylabel: str = ""
 ) -> Chart | None:
     """Parts of a whole, stacked; they share their points."""
-    parts = {label: curve for label, curve in parts.items() if len(curve.x)}
+    parts = {label: curve for label, curve in parts.items() if any(map(math.isfinite, curve.y))}
     if not parts:
         return None
     with _style():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ def open_contender(path: str) -> Contender:
         ValueError: neither, or a run that has not been evaluated.
     """
     folder = Path(path)
+    named = Path(os.path.abspath(path))  # "." has no name
     if (folder / NAME).exists():
         manifest = read_manifest(folder)
         chosen = of_final(find_evaluations(folder), last_update(manifest))
@@ -61,11 +63,11 @@ def open_contender(path: str) -> Contender:
         return Contender(manifest["run"], {name: one.directory for name, one in chosen.items()}, manifest["cost"])
     if (folder / SUMMARY).exists():
         name = read_json(folder / SUMMARY)["settings"]["benchmark"]["name"]
-        return Contender(f"{folder.parent.name}/{folder.name}", {name: folder})
+        return Contender(f"{named.parent.name}/{named.name}", {name: folder})
     below = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{SUMMARY}"))}
     if not below:
         raise ValueError(f"{folder} is neither a run (no {NAME}) nor an evaluation (no {SUMMARY}).")
-    return Contender(folder.name, below)
+    return Contender(named.name, below)
 
 
 def open_contenders(paths: Sequence[str]) -> list[Contender]:
@@ -141,5 +143,6 @@ def table_rows(rows: Sequence[Mapping[str, Any]], metric: str = "avg_at_k") -> l
         shown["peak GB"] = f"{cost['peak_memory_bytes'] / 1e9:.2f}" if cost else ""
         shown["tokens trained"] = f"{cost['tokens_trained']:,}" if cost else ""
         table.append(shown)
-    keep = [name for name in table[0] if name != "undecided %" or any(row[name] != "0.0" for row in table)]
-    return [{name: row[name] for name in keep} for row in table]
+    names = dict.fromkeys(name for row in table for name in row)  # with another k, other columns
+    keep = [name for name in names if name != "undecided %" or any(row[name] != "0.0" for row in table)]
+    return [{name: row.get(name, "") for name in keep} for row in table]

@@ -9,28 +9,43 @@ from oprd.evaluation.evaluate import read_evaluation
 from oprd.insight.compare import Contender, open_contender
 from oprd.lineage.gates import Candidate, is_passed, read_gates, run_gates
 from oprd.lineage.hashing import combined_hash, folder_hashes
-from oprd.lineage.manifest import NAME, now
+from oprd.lineage.manifest import NAME, now, read_manifest
 from oprd.records import write_json
 
 OUTCOME = "gate.json"
 
 
-def _candidate(one: Contender, path: str) -> Candidate:
-    return Candidate(path, {name: read_evaluation(folder)[0] for name, folder in one.folders.items()}, one.cost)
+def _final_hash(run: Path) -> str | None:
+    is_run = (run / NAME).exists() and (run / "final").is_dir()
+    return combined_hash(folder_hashes(run / "final")) if is_run else None
+
+
+def _candidate(one: Contender, path: str, final: str | None) -> Candidate:
+    opened = {name: read_evaluation(folder) for name, folder in one.folders.items()}
+    for name, (_, summary) in opened.items() if final else ():
+        made = read_manifest(Path(path))["final"] or {}
+        judged = summary["settings"].get("model_hash", made.get("hash"))  # scores made in training name no content
+        if judged not in (None, final):
+            raise ValueError(
+                f"{path}/final has changed since it was evaluated on {name}. Remove {one.folders[name]}, then: oprd eval "
+                f"{path} --on {name}"
+            )
+    return Candidate(path, {name: evaluation for name, (evaluation, _) in opened.items()}, one.cost)
 
 
 def gate_run(path: str, against: str | None, config_path: str) -> dict[str, Any]:
     """Verdicts on ``path``; for a run, kept in its ``gate.json`` with the content hash of ``final/``.
 
     Raises:
-        ValueError: a fault in the gates file, or something that a threshold needs is missing.
+        ValueError: a fault in the gates file, something that a threshold needs is missing, or ``final/`` is not what was
+            evaluated.
     """
     config = read_gates(Path(config_path))
-    own = _candidate(open_contender(path), path)
-    other = None if against is None else _candidate(open_contender(against), against)
-    verdicts = run_gates(config, own, other)
     run = Path(path)
-    final = combined_hash(folder_hashes(run / "final")) if (run / "final").is_dir() else None
+    final = _final_hash(run)
+    own = _candidate(open_contender(path), path, final)
+    other = None if against is None else _candidate(open_contender(against), against, _final_hash(Path(against)))
+    verdicts = run_gates(config, own, other)
     outcome = {
         "passed": is_passed(config, verdicts),
         "at": now(),

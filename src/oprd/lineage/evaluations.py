@@ -26,7 +26,8 @@ class Found:
     @property
     def step(self) -> int | None:
         """The update after which it was made, where it was made during training."""
-        return int(self.who[5:]) if self.who.startswith("step-") else None
+        number = self.who.removeprefix("step-")
+        return int(number) if number != self.who and number.isdecimal() else None
 
 
 def find_evaluations(run: Path) -> list[Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +58,14 @@ def read_gates(path: Path) -> dict[str, Any]:
     """Thresholds from a YAML file; every key is checked.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key (with the nearest known one), a threshold that is not a number,
-            or none at all.
+        ValueError: no such file, not YAML, an unknown key (with the nearest known one), a threshold that is not a number
+            or not finite, or none at all.
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no {path}. A gates file says, for example: accuracy: {{min: 40, max_drop: 2}}")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a mapping, such as accuracy: {{min: 40, max_drop: 2}}")
@@ -74,8 +75,9 @@ def read_gates(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {group} must be a mapping of {', '.join(GATES[group])}.")
         _known(f"{path}, {group}", config[group], GATES[group])
         for name, threshold in config[group].items():
-            if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-                raise ValueError(f"{path}: {group}.{name} must be a number, got {threshold!r}.")
+            is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+            if not is_number or not math.isfinite(threshold):
+                raise ValueError(f"{path}: {group}.{name} must be a finite number, got {threshold!r}.")
     for name, allowed in (("decide_by", ("interval", "value")), ("undecided", ("fail", "pass"))):
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {name} must be {' or '.join(allowed)}, got {config[name]!r}.")
@@ -112,7 +114,7 @@ def run_gates(config: Mapping[str, Any], candidate: Candidate, baseline: Candida
             if group == "cost":
                 verdicts.append(_cost_verdict(gate, metric, reading, threshold, candidate, baseline))
                 continue
-            limit = -threshold if name == "max_drop" else threshold
+            limit = 0 - threshold if name == "max_drop" else threshold  # 0 and not -0.0
             for benchmark in _benchmarks(config, candidate, baseline if reading != "value" else None):
                 estimate, shown = _estimate(metric, reading, benchmark, candidate, baseline)
                 by_value = config.get("decide_by", "interval") == "value"

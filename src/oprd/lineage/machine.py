@@ -62,7 +62,8 @@ def _processor() -> str:
 
 
 def git_state(path: Path) -> dict[str, Any] | None:
-    """Commit of the repository that tracks ``path``, and whether its files differ from it; None outside of one."""
+    """Commit of the repository that tracks ``path``, and whether its files differ from it (None: git does not say);
+    None outside of one. Files that git does not track do not count."""
 
     def git(*arguments: str) -> str | None:
         folder = path if path.is_dir() else path.parent
@@ -76,11 +77,10 @@ def git_state(path: Path) -> dict[str, Any] | None:
     if path.is_file() and git("ls-files", "--error-unmatch", path.name) is None:
         return None  # installed into somebody else's repository
     commit = git("rev-parse", "HEAD")
-    return (
-        None
-        if commit is None
-        else {"commit": commit, "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    )
+    if commit is None:
+        return None
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "modified": None if changes is None else bool(changes)}
 
 
 def peak_memory_bytes() -> int:

@@ -14,7 +14,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoConfig, AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -87,12 +87,15 @@ def load_data(configs: Configs) -> RunData:
     )
     benchmarks: dict[str, Benchmark] = {}
     if benchmark.validation_benchmark or benchmark.tests:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_path(model.model_name_or_path),
-            revision=model.model_revision,
-            trust_remote_code=args.trust_remote_code,
+        student = resolve_path(model.model_name_or_path)
+        where = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+        config = AutoConfig.from_pretrained(student, **where).get_text_config()
+        benchmarks = load_benchmarks(
+            benchmark,
+            AutoTokenizer.from_pretrained(student, **where),
+            context=getattr(config, "max_position_embeddings", None),
+            max_new_tokens=args.max_completion_length,
         )
-        benchmarks = load_benchmarks(benchmark, has_template=bool(tokenizer.chat_template))
     return RunData(train_dataset, eval_dataset, benchmarks)
 
 
@@ -303,9 +306,9 @@ def _train(
     _, args, model, _, benchmark = configs
     trainer = build_trainer(loaded, args, model)
     scores = BenchmarkScores(trainer, benchmark, loaded.benchmarks) if loaded.benchmarks else None
-    if scores is not None:
-        trainer.add_callback(scores)
     attach_callbacks(trainer, description)
+    if scores is not None:  # behind the file that its scores go to
+        trainer.add_callback(scores)
     meter = None
     if manifest is not None:
         meter = CostMeter(manifest, trainer, scores)

@@ -11,14 +11,13 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from oprd._compat import unwrap_model_for_generation
 from oprd.evaluation.benchmarks import Benchmark, load_benchmark, statement_of
 from oprd.evaluation.evaluate import encode_prompts, evaluate, room_for, write_evaluation
 from oprd.evaluation.sampling import Sampling
 from oprd.evaluation.summary import Evaluation
-from oprd.models import text_config
 from oprd.records import read_json, write_json
 from oprd.training.options import BENCHMARK_HELP
 
@@ -90,15 +89,26 @@ class BenchmarkConfig:
         )
 
 
-def load_benchmarks(config: BenchmarkConfig, *, has_template: bool) -> dict[str, Benchmark]:
+def load_benchmarks(
+    config: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None, max_new_tokens: int
+) -> dict[str, Benchmark]:
     """The benchmarks of a run, the validation set first.
 
+    Args:
+        context, max_new_tokens: the student's context, and the most tokens of an answer where the config says nothing.
+
     Raises:
-        ValueError: a test benchmark with problems of the validation set; two benchmarks of one name.
+        ValueError: a test benchmark with problems of the validation set; two benchmarks of one name; a prompt that leaves
+            no room for an answer.
     """
     found: dict[str, Benchmark] = {}
     for source in [*([config.validation_benchmark] if config.validation_benchmark else []), *config.tests]:
-        benchmark = load_benchmark(source, has_template=has_template, limit=config.benchmark_limit)
+        benchmark = load_benchmark(source, has_template=bool(tokenizer.chat_template), limit=config.benchmark_limit)
+        wanted = config.benchmark_max_new_tokens or max_new_tokens
+        try:
+            room_for(encode_prompts(tokenizer, benchmark.problems), context, wanted, wanted)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error} Or set benchmark_max_new_tokens.") from error
         if benchmark.name in found:
             raise ValueError(
                 f"Two benchmarks are called {benchmark.name}: {source} and {found[benchmark.name].source}."
@@ -131,13 +141,7 @@ class BenchmarkScores(TrainerCallback):
         self._validation = next(iter(benchmarks)) if config.validation_benchmark else None
         self._scored_at: int | None = None
         self.seconds = 0.0
-        context = getattr(text_config(trainer.model), "max_position_embeddings", None)
         for benchmark in benchmarks.values():
-            prompts = encode_prompts(trainer.processing_class, benchmark.problems)
-            try:
-                room_for(prompts, context, self._sampling.max_new_tokens, self._sampling.max_new_tokens)
-            except ValueError as error:
-                raise ValueError(f"{benchmark.source}: {error} Or set benchmark_max_new_tokens.") from error
             self._warn_of_training_problems(benchmark)
 
     def _warn_of_training_problems(self, benchmark: Benchmark) -> None:
@@ -183,7 +187,9 @@ class BenchmarkScores(TrainerCallback):
                 f"[{shown['low']:.1f}, {shown['high']:.1f}], {summary['mean_length']['value']:.0f} tokens"
             )
         if is_main:
+            due = control.should_log  # this update's own log, which a log from here would take for done
             trainer.callback_handler.on_log(trainer.args, state, control, logs)
+            control.should_log = due
         if self._validation is not None:
             self._keep_if_best(step, found[self._validation])
         self.seconds += time.monotonic() - started
