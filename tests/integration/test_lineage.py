@@ -1,7 +1,10 @@
 """A run with benchmarks from the command line: its manifest, its best student, and the way to make it again."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +210,23 @@ def test_a_resumed_run_adds_a_session_and_ends_the_same(plain, tmp_path, capsys)
     total = sum(session["tokens_generated"] for session in manifest["sessions"])
     assert manifest["cost"]["tokens_generated"] == total > manifest["sessions"][0]["tokens_generated"]
     assert folder_hashes(directory / "final") == folder_hashes(plain / "final")
+
+
+def test_processes_share_the_benchmarks_and_agree(scored, tmp_path):
+    """Before the first update the student is the same, so two processes must come to one process's answers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "oprd"]
+    flags = {**BENCHMARKS, "max_steps": 1, "per_device_train_batch_size": 2, "benchmark_batch_size": 128}
+    flags |= {"output_dir": tmp_path / "two"}
+    command += ["train", "--config", "miniature", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("validation", "test"):
+        ours, theirs = (
+            run / "evaluations" / "step-000000" / name / "responses.jsonl" for run in (tmp_path / "two", scored)
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+    manifest = read_manifest(tmp_path / "two")
+    assert manifest["status"] == "finished" and manifest["sessions"][0]["hardware"]["processes"] == 2
+    assert manifest["cost"]["device_hours"] == pytest.approx(2 * manifest["cost"]["wall_seconds"] / 3600, abs=1e-4)

@@ -11,7 +11,9 @@ import pytest
 
 from oprd.cli import main
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1200, "height": 900}
 
 
@@ -75,7 +77,15 @@ def test_what_is_on_it(page):
     charts = set(re.findall(r'data-chart="([^"]+)"', text))
     assert charts >= {"accuracy", "cosine", "layers", "loss", "length", "cut", "entropy", "overlap", "gradient", "rate"}
     assert charts >= {"speed", "time", "interval0", "interval1", "scores0"}
-    for words in ("teacher", "student before", "student after", "manifest.json", "miniature:teacher", "layer 4", "95 %"):
+    for words in (
+        "teacher",
+        "student before",
+        "student after",
+        "manifest.json",
+        "miniature:teacher",
+        "layer 4",
+        "95 %",
+    ):
         assert words in text
     for svg in re.findall(r"<svg.*?</svg>", text, flags=re.S):
         ElementTree.fromstring(svg)

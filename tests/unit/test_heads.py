@@ -94,10 +94,14 @@ def test_lora_with_an_adopted_head_says_what_an_adapter_lacks(tmp_path, caplog):
         trainer = canned_trainer(tmp_path, trainer_kwargs=lora)
     assert "an adapter saved alone does not carry" in caplog.text
     trainer.train()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    save_final(trainer, tmp_path / "best", goes_on=True)
+    after = trainer.model.state_dict()
+    assert after.keys() == before.keys() and all(after[name].equal(before[name]) for name in before)
     save_final(trainer, tmp_path / "final")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").lm_head.weight.equal(
-        tiny_model(seed=1).lm_head.weight
-    )
+    best, final = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("best", "final"))
+    assert final.lm_head.weight.equal(tiny_model(seed=1).lm_head.weight)
+    assert all(one.equal(other) for one, other in zip(best.parameters(), final.parameters(), strict=True))
 
 
 def test_a_model_split_over_devices_is_refused(tmp_path):

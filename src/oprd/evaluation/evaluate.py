@@ -114,33 +114,50 @@ def _answers(
             bar.update(len(batch))
 
 
+def draw(
+    engine: Engine,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    *,
+    part: tuple[int, int] = (0, 1),
+    progress: str | None = None,
+) -> list[Graded]:
+    """Graded answers, in memory.
+
+    Args:
+        part: (i, n): only the i-th of n parts of the batches; several processes share the work. Each of them generates as
+            often as the others, for engines that must be called together.
+        progress: names a progress bar on stderr.
+    """
+    prompts = encode_prompts(engine.tokenizer, problems)
+    batches = batches_of(prompts, sampling)
+    numbers = range(len(batches))[part[0] :: part[1]]
+    graded = [a for batch in _answers(engine, problems, prompts, sampling, numbers, progress) for a in batch]
+    if len(numbers) < -(-len(batches) // part[1]):
+        engine.generate([prompts[place] for place, _ in batches[0]], sampling, sampling.seed)
+    return graded
+
+
 def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[dict[str, Any] | Problem],
     *,
     progress: str | None = None,
-    part: tuple[int, int] = (0, 1),
     **sampling: Any,
-) -> Evaluation | list[Graded]:
+) -> Evaluation:
     """Draw answers with transformers and grade them, in memory.
 
     Args:
         problems: `Problem`, or mappings with ``prompt`` (text or chat messages) and ``answer``.
         progress: names a progress bar on stderr.
-        part: (i, n): only the i-th of n parts of the batches, as a list of answers; several processes share the work.
         sampling: fields of `Sampling`.
     """
-    chosen = Sampling(**sampling)
     problems = [
         p if isinstance(p, Problem) else Problem(problem_id(p["prompt"], p["answer"]), p["prompt"], p["answer"])
         for p in problems
     ]
-    engine = TransformersEngine(model, tokenizer)
-    prompts = encode_prompts(tokenizer, problems)
-    numbers = range(len(batches_of(prompts, chosen)))[part[0] :: part[1]]
-    graded = [a for batch in _answers(engine, problems, prompts, chosen, numbers, progress) for a in batch]
-    return Evaluation.of(graded) if part == (0, 1) else graded
+    return Evaluation.of(draw(TransformersEngine(model, tokenizer), problems, Sampling(**sampling), progress=progress))
 
 
 def record(
@@ -202,7 +219,7 @@ def write_evaluation(
     """Write an evaluation that was made in memory, in the same files, over what was there; returns its summary."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SUMMARY).unlink(missing_ok=True)  # last to be written: a folder with it is whole
-    settings = settings_of(benchmark, sampling, "transformers", identity)
+    settings = settings_of(benchmark, sampling, identity.get("engine", "transformers"), identity)
     write_json(directory / SETTINGS, settings)
     write_json(directory / PROBLEMS, [vars(problem) for problem in benchmark.problems])
     lines = [json.dumps(answer.as_row(), ensure_ascii=False) + "\n" for row in evaluation.answers for answer in row]

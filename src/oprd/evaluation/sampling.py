@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from oprd.models import end_of_turn, end_token_ids, text_config
 
 DEFAULT_MAX_NEW_TOKENS = 32768
-# Spelled out, for what is open generate() takes from the model's own generation config, as Qwen's repetition penalty.
-PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
+# Spelled out, for what is left open generate() takes from the model's generation config (Qwen's repetition penalty).
+PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 PLAIN_DRAWS = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 

@@ -31,6 +31,11 @@ def interval(estimate: Mapping[str, float], digits: int = 1) -> str:
     return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
 
+def p_value(value: float) -> str:
+    """Two digits; permutations by chance tell no small ones apart."""
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
 def result_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of one evaluation."""
     k = summary["samples"]
@@ -136,7 +141,7 @@ def table_rows(rows: Sequence[Mapping[str, Any]], metric: str = "avg_at_k") -> l
         shown = {"model": row["model"], **result_row(row["summary"])}
         found = row.get("against_baseline")
         shown[f"difference ({metric})"] = "" if found is None else interval({**found, "value": found["difference"]})
-        shown["p"] = "" if found is None else f"{found['p_value']:.3g}"
+        shown["p"] = "" if found is None else p_value(found["p_value"])
         cost = row["cost"]
         shown["minutes"] = f"{cost['wall_seconds'] / 60:.1f}" if cost else ""
         shown["device hours"] = f"{cost['device_hours']:.3g}" if cost else ""

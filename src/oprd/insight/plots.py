@@ -105,6 +105,7 @@ def plot_bubbles(rows: Sequence[Row], path: str | Path) -> bool:
         k = rows[0]["summary"]["samples"]
         panel.set(title=benchmark, xlabel=f"wall-clock {name}", ylabel=f"Avg@{k}, % (95 % interval)")
         panel.margins(x=0.3, y=0.25)
+        panel.set_xlim(left=0)  # a second more or less is not to look like twice the time
         for handle in panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)).legend_handles:
             handle.set_sizes([60])
         panel.grid(alpha=0.25)

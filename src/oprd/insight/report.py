@@ -12,7 +12,7 @@ import yaml
 from oprd.evaluation.evaluate import PROBLEMS, read_evaluation
 from oprd.evaluation.summary import Evaluation, Graded, paired
 from oprd.insight.charts import Chart, Curve, area_chart, interval_chart, line_chart
-from oprd.insight.compare import interval, result_row
+from oprd.insight.compare import interval, p_value, result_row
 from oprd.lineage.evaluations import Found, find_evaluations, last_update
 from oprd.lineage.manifest import read_manifest
 from oprd.records import read_json, write_text
@@ -149,7 +149,7 @@ def results(roles: Mapping[str, Mapping[str, Found]]) -> list[dict[str, Any]]:
             if role != "before" and "before" in opened and opened["before"][0].ids == evaluation.ids:
                 difference = paired(opened["before"][0], evaluation, "avg_at_k")
                 row["difference to before"] = interval(vars(difference) | {"value": difference.difference})
-                row["p"] = f"{difference.p_value:.2g}"
+                row["p"] = p_value(difference.p_value)
             rows.append(row)
             points.append((label, *(summary["avg_at_k"][end] for end in ("value", "low", "high"))))
         summary = opened[order[-1]][1]

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from oprd.evaluation.benchmarks import FILE_KINDS
 from oprd.lineage.evaluations import Found, find_evaluations, last_update, of_final
 from oprd.lineage.manifest import read_manifest
 from oprd.records import write_text
@@ -22,9 +23,14 @@ CITATION = """\
 }"""
 
 
-def hub_id(name: str | None) -> str | None:
-    """The name if it is one of the Hub's and not a folder or file here, else None."""
-    if not name or ":" in name or Path(name).exists():
+SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")  # as settings for loading a model may hold
+
+
+def hub_id(name: str | None, where: str | Path = ".") -> str | None:
+    """The name if it is one of the Hub's, else None: not a data file, nor a folder or file here or in ``where``."""
+    if not name or ":" in name or Path(name).suffix.lower() in FILE_KINDS:
+        return None
+    if Path(name).exists() or (Path(where) / name).exists():
         return None
     try:
         validate_repo_id(name)
@@ -33,8 +39,8 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def root_student(manifest: dict[str, Any]) -> str:
-    """Name of the model that the line of runs began with: the student of the first run whose student is no run's."""
+def root_student(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Record of the model that the line of runs began with: the student of the first run whose student is no run's."""
     seen: set[str] = set()
     while manifest.get("parent") and manifest["parent"]["run"] not in seen:
         seen.add(manifest["parent"]["run"])
@@ -42,7 +48,7 @@ def root_student(manifest: dict[str, Any]) -> str:
             manifest = read_manifest(Path(manifest["parent"]["run"]))
         except ValueError:  # the parent's folder is gone
             break
-    return manifest["student"]["name"]
+    return manifest["student"]
 
 
 def _estimate(estimate: dict[str, float]) -> str:
@@ -79,23 +85,33 @@ def _inputs(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _public(settings: Any) -> Any:
+    """Settings without what opens doors: a card is made to be uploaded."""
+    if isinstance(settings, dict):
+        return {key: _public(value) for key, value in settings.items() if key not in SECRETS}
+    return [_public(value) for value in settings] if isinstance(settings, list) else settings
+
+
 def render_card(run: Path) -> ModelCard:
     """The card of a run, from its manifest and its evaluations."""
     manifest = read_manifest(run)
     config, cost = manifest["config"], manifest["cost"]
     evaluations = of_final(find_evaluations(run), last_update(manifest))
+    root, where = root_student(manifest), manifest["directory"]
+    base = hub_id(root["name"], where) if root["revision"] else None  # only what came from the Hub has a commit
+    dataset = hub_id(config.get("dataset_name"), where)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
-        base_model=hub_id(root_student(manifest)),
-        base_model_relation="finetune" if hub_id(root_student(manifest)) else None,
-        datasets=[hub_id(config.get("dataset_name"))] if hub_id(config.get("dataset_name")) else None,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=[dataset] if dataset else None,
         model_name=manifest["run"],
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=hub_id(found.summary["settings"]["benchmark"]["source"]) or name,
+                dataset_type=hub_id(found.summary["settings"]["benchmark"]["source"], where) or name,
                 dataset_name=name,
                 metric_type="accuracy",
                 metric_name=f"Avg@{found.summary['samples']}",
@@ -109,7 +125,7 @@ def render_card(run: Path) -> ModelCard:
     body = [
         f"# {manifest['run']}",
         "",
-        f"`{root_student(manifest)}` distilled from `{manifest['teacher']['name']}` on its own answers, with "
+        f"`{root['name']}` distilled from `{manifest['teacher']['name']}` on its own answers, with "
         "[oprd](https://arxiv.org/abs/2606.06021) (on-policy representation distillation).",
         "",
         "## Where it comes from",
@@ -134,7 +150,7 @@ def render_card(run: Path) -> ModelCard:
         "```",
         "",
         "```yaml",
-        yaml.safe_dump(config, sort_keys=True).strip(),
+        yaml.safe_dump(_public(config), sort_keys=True).strip(),
         "```",
         "",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in session["versions"].items()) + ".",

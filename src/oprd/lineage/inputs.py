@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from oprd.lineage.hashing import combined_hash, folder_hashes
 from oprd.models import resolve_path
 
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
+OF_A_RUN = re.compile(r"final|best(-step-\d+)?|checkpoint-\d+")  # folders of a run that hold a model
+
 
 def model_record(name: str, revision: str | None = None) -> dict[str, Any]:
     """Name, the Hub's commit (None for a folder), and content: ``hash`` covers every file that defines the model.
 
-    A Hub model that is not in the cache yet is fetched.
+    A Hub model that is not in the cache yet is fetched. Of its files those of `HUB_FILES` count (``*.bin`` too, where the
+    weights are not safetensors), whatever else is in the cache.
     """
     folder = Path(resolve_path(name))
-    if not folder.is_dir():
+    if folder.is_dir():
+        files = folder_hashes(folder)
+    else:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
+        patterns = HUB_FILES
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    files = folder_hashes(folder)
+        if not any(folder.rglob("*.safetensors")):
+            patterns = [*HUB_FILES, "*.bin"]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        files = folder_hashes(folder)
+        files = {file: digest for file, digest in files.items() if any(fnmatch(file, p) for p in patterns)}
     commit = folder.name if folder.parent.name == "snapshots" else None
     return {"name": name, "revision": commit, "hash": combined_hash(files), "files": files}
 
@@ -43,6 +55,6 @@ def run_of_model(name: str) -> Path | None:
     if not path.is_dir():
         return None
     for folder in (path.absolute(), path.resolve()):
-        if (folder.parent / "manifest.json").exists():
+        if OF_A_RUN.fullmatch(folder.name) and (folder.parent / "manifest.json").exists():
             return folder.parent
     return None

@@ -25,12 +25,13 @@ from oprd.lineage.inputs import data_record, model_record, run_of_model
 from oprd.lineage.manifest import Manifest, differing_inputs, read_manifest
 from oprd.models import resolve_path
 from oprd.prompts import load_prompts
-from oprd.records import read_json, write_json, write_text
+from oprd.records import write_text
 from oprd.training.bridging import RolloutTrainer, fit_bridge, rollout_settings
 from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
 from oprd.training.recipe import Configs, DataConfig, parse, repeated, resolved, second_stage
+from oprd.training.saving import save_final
 from oprd.training.solved_head import solve_head
 from oprd.training.trainer import OPRDTrainer
 from oprd.training.validation import BenchmarkConfig, BenchmarkScores, load_benchmarks
@@ -131,30 +132,6 @@ def attach_callbacks(trainer: OPRDTrainer, description: str = "distilling") -> N
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressLine(description))
     trainer.add_callback(MetricsFile())
-
-
-def save_final(trainer: OPRDTrainer, directory: Path) -> None:
-    """``from_pretrained`` folder with weights (adapters merged), tokenizer and model card."""
-    trainer.accelerator.wait_for_everyone()
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    if hasattr(model, "merge_and_unload"):
-        if trainer.accelerator.is_main_process:
-            model.merge_and_unload().save_pretrained(directory)
-            trainer.processing_class.save_pretrained(directory)
-    else:
-        if trainer.is_fsdp_enabled:  # the sharded default writes no model that from_pretrained could load
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(str(directory))
-    if trainer.accelerator.is_main_process:
-        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
-        _forget_this_machine(directory / "tokenizer_config.json")
-    trainer.accelerator.wait_for_everyone()
-
-
-def _forget_this_machine(tokenizer_config: Path) -> None:
-    """transformers saves how a tokenizer was loaded here; the same student would have another content elsewhere."""
-    settings = read_json(tokenizer_config)
-    write_json(tokenizer_config, {k: v for k, v in settings.items() if k not in ("is_local", "local_files_only")})
 
 
 def _bridge_trainer(data: RunData, args: OPRDConfig, model: ModelConfig) -> RolloutTrainer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from oprd._compat import unwrap_model_for_generation
+from oprd._compat import unwrap_model_for_generation, vllm_sampling
 from oprd.evaluation.benchmarks import Benchmark, load_benchmark, statement_of
-from oprd.evaluation.evaluate import encode_prompts, evaluate, room_for, write_evaluation
-from oprd.evaluation.sampling import Sampling
+from oprd.evaluation.evaluate import draw, encode_prompts, room_for, write_evaluation
+from oprd.evaluation.sampling import Answer, Engine, Sampling, TransformersEngine, answer_of
 from oprd.evaluation.summary import Evaluation
 from oprd.records import read_json, write_json
 from oprd.training.options import BENCHMARK_HELP
+from oprd.training.saving import save_final
 
 logger = get_logger(__name__)
 
@@ -127,6 +130,27 @@ def load_benchmarks(
     return found
 
 
+class RolloutEngine:
+    """The vLLM that writes the trainer's rollouts, as an `Engine`. It takes no seed: scores vary a little by chance.
+
+    Every process asks at once and for as many answers, as vLLM's server needs it: short batches are filled up.
+    """
+
+    name = "vllm (rollouts)"
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self.tokenizer, self.context = trainer, trainer.processing_class, None
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
+        """See `Engine`."""
+        asked = [*prompts, *[prompts[-1]] * (sampling.batch_size - len(prompts))]
+        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+        with vllm_sampling(self._trainer, **chosen) as generation:
+            _, written, _, _ = generation.generate(prompts=asked, images=None, num_generations=1)
+        ends = set(self._trainer.eos_token_ids)
+        return [answer_of(self.tokenizer, list(ids), ends) for ids in written[: len(prompts)]]
+
+
 class BenchmarkScores(TrainerCallback):
     """Scores the student every n updates into ``evaluations/step-N/`` and the log; keeps the best under ``best``.
 
@@ -176,6 +200,7 @@ class BenchmarkScores(TrainerCallback):
             if not is_main:
                 continue
             settings = {"model": str(self._directory), "step": step, "role": self._role(name)}
+            settings["engine"] = RolloutEngine.name if trainer.use_vllm else TransformersEngine.name
             folder = self._directory / EVALUATIONS / f"step-{step:06d}" / name
             summary = write_evaluation(folder, benchmark, self._sampling, evaluation, settings)
             for metric in ("avg_at_k", "best_at_k", "mean_length"):
@@ -199,16 +224,20 @@ class BenchmarkScores(TrainerCallback):
 
     def _evaluate(self, benchmark: Benchmark, progress: str) -> Evaluation:
         """Processes share the batches; sharded models answer them all together, in step."""
-        accelerator = self._trainer.accelerator
-        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        tokenizer = trainer.processing_class
+        sharded = (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not trainer.use_vllm
         part = (0, 1) if sharded else (accelerator.process_index, accelerator.num_processes)
-        shown = progress if accelerator.is_main_process and not self._trainer.args.disable_tqdm else None
-        with unwrap_model_for_generation(self._trainer.model_wrapped, accelerator) as model, accelerator.autocast():
-            tokenizer = self._trainer.processing_class
-            graded = evaluate(model, tokenizer, benchmark.problems, part=part, progress=shown, **vars(self._sampling))
-        if part == (0, 1):
-            return graded
-        return Evaluation.of(gather_object(graded))
+        shown = progress if accelerator.is_main_process and not trainer.args.disable_tqdm else None
+        with ExitStack() as stack:
+            if trainer.use_vllm:
+                engine: Engine = RolloutEngine(trainer)
+            else:
+                unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
+                engine = TransformersEngine(stack.enter_context(unwrapped), tokenizer)
+                stack.enter_context(accelerator.autocast())
+            graded = draw(engine, benchmark.problems, self._sampling, part=part, progress=shown)
+        return Evaluation.of(graded if part == (0, 1) else gather_object(graded))
 
     def _keep_if_best(self, step: int, evaluation: Evaluation) -> None:
         trainer, best = self._trainer, self._directory / BEST
@@ -218,9 +247,8 @@ class BenchmarkScores(TrainerCallback):
         if not is_better:
             return
         target = self._directory / f"{BEST}-step-{step:06d}"
-        trainer.save_model(str(target))
+        save_final(trainer, target, goes_on=True)
         if trainer.accelerator.is_main_process:
-            (target / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
             score = {"step": step, "benchmark": self._validation, "metric": self._config.best_metric, **estimate}
             write_json(target / SCORE, score)
             old = best.resolve() if best.is_symlink() else None
