@@ -32,10 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _underscored(argument: str) -> str:
+    """``--max-steps`` as ``--max_steps``; both spellings are common."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 1 when something is wrong with the input (one line on stderr), 2 on bad usage, 3 when
     a gate is shut."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     options, rest = build_parser().parse_known_args(arguments)
     if rest and options.command not in OWN_KEYS:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")

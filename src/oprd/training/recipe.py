@@ -179,7 +179,7 @@ PATH_KEYS = (
 
 @contextmanager
 def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """``--from RUN`` as ``--config`` with the recipe in RUN's manifest; and that manifest.
+    """``--from RUN`` as ``--config`` with the recipe in RUN's manifest; and that manifest, with RUN as its ``folder``.
 
     Other arguments win over it; without ``--output_dir`` the repetition goes to ``<output_dir>-repeat``. On a CPU it takes
     as many threads as the run had: sums depend on how they are split.
@@ -206,6 +206,7 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        manifest["folder"] = arguments[position + 1]
         yield [*arguments[:position], "--config", str(path), *arguments[position + 2 :]], manifest
 
 

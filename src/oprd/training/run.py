@@ -22,7 +22,7 @@ from oprd.bridge import Bridge
 from oprd.evaluation.benchmarks import Benchmark
 from oprd.lineage.card import write_card
 from oprd.lineage.inputs import data_record, model_record, run_of_model
-from oprd.lineage.manifest import Manifest, differing_inputs, read_manifest
+from oprd.lineage.manifest import NAME, Manifest, differing_inputs, read_manifest
 from oprd.models import resolve_path
 from oprd.prompts import load_prompts
 from oprd.records import write_text
@@ -183,7 +183,9 @@ def _run(arguments: list[str], before: dict[str, Any] | None, description: str) 
         write_text(written, yaml.safe_dump(second, sort_keys=True))
     PartialState().wait_for_everyone()
     resume = ["--resume"] if data.resume else []
-    return _run(["--config", str(written), *resume], None, f"{description}, then")
+    other = None if before is None else Path(before["folder"]) / "then"
+    before = read_manifest(other) if other is not None and (other / NAME).exists() else None
+    return _run(["--config", str(written), *resume], before, f"{description}, then")
 
 
 def _check_directory(directory: Path, last: str | None, data: DataConfig, args: OPRDConfig) -> None:
