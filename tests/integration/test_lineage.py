@@ -207,6 +207,8 @@ def test_a_resumed_run_adds_a_session_and_ends_the_same(plain, tmp_path, capsys)
     manifest = read_manifest(directory)
     assert manifest["status"] == "finished"
     assert [session["updates"] for session in manifest["sessions"]] == [4, 2]
+    assert manifest["sessions"][0]["hardware"] == manifest["sessions"][1]["hardware"]
+    assert "changed_settings" not in manifest["sessions"][1]
     total = sum(session["tokens_generated"] for session in manifest["sessions"])
     assert manifest["cost"]["tokens_generated"] == total > manifest["sessions"][0]["tokens_generated"]
     assert folder_hashes(directory / "final") == folder_hashes(plain / "final")
@@ -230,3 +232,34 @@ def test_processes_share_the_benchmarks_and_agree(scored, tmp_path):
     manifest = read_manifest(tmp_path / "two")
     assert manifest["status"] == "finished" and manifest["sessions"][0]["hardware"]["processes"] == 2
     assert manifest["cost"]["device_hours"] == pytest.approx(2 * manifest["cost"]["wall_seconds"] / 3600, abs=1e-4)
+
+
+def test_the_hub_gets_the_student_and_its_card_alone(tmp_path, monkeypatch):
+    import transformers
+
+    from oprd.training import run as runs
+
+    sent = []
+    monkeypatch.setattr(
+        transformers.Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/student")
+    )
+    monkeypatch.setattr(transformers.Trainer, "push_to_hub", lambda *_, **__: pytest.fail("the whole run was pushed"))
+    monkeypatch.setattr(runs, "upload_folder", lambda **what: sent.append(what))
+    run = train(tmp_path / "run", max_steps=1, push_to_hub=True, hub_token="hf_secret")
+    assert sent == [{"repo_id": "me/student", "folder_path": run / "final", "token": "hf_secret"}]
+    assert (run / "final" / "README.md").exists()
+    assert not any(
+        "hf_secret" in path.read_text() for path in run.glob("*.*") if path.suffix in (".json", ".yaml", ".html")
+    )
+    assert "hf_secret" not in (run / "final" / "README.md").read_text()
+
+
+def test_a_run_resumed_with_other_settings_says_so(tmp_path, capsys):
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    run = train(tmp_path / "run", **saved)
+    train(run, **{**saved, "max_steps": 2, "resume": True})
+    manifest = read_manifest(run)
+    assert manifest["sessions"][1]["changed_settings"] == {"max_steps": [1, 2]}
+    assert manifest["config"]["max_steps"] == 2 and manifest["last_update"] == 2
+    train(tmp_path / "again", "--from", str(run), "--output_dir", str(tmp_path / "again"))
+    assert "was resumed with another max_steps" in capsys.readouterr().err

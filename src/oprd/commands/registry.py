@@ -47,6 +47,7 @@ def run_registry(options: argparse.Namespace) -> int:
     """Do it, then show where things stand."""
     show_events()
     from oprd.lineage.registry import Registry
+    from oprd.records import read_json
 
     registry = Registry(options.registry)
     if options.action == "verify":
@@ -55,7 +56,7 @@ def run_registry(options: argparse.Namespace) -> int:
         return 1 if faults else 0
     if options.action == "promote":
         path = Path(options.source) / "gate.json"
-        gate = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        gate = read_json(path) if path.exists() else None
         version = registry.promote(options.source, gate=gate, note=options.note, force_reason=options.without_gate)
         print(f"Version {version} is current.", file=sys.stderr)
     elif options.action == "retire":
@@ -71,8 +72,8 @@ def run_registry(options: argparse.Namespace) -> int:
     show_rows(
         [
             {
-                "": "->" if current and one["version"] == current["version"] else "",
                 "version": one["version"],
+                "current": "yes" if current and one["version"] == current["version"] else "",
                 "state": one["state"],
                 "promoted": one["promoted"],
                 "from": one["source"],

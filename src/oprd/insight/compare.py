@@ -123,6 +123,7 @@ def compare(
             }
             if baseline is None:
                 baseline, base_summary = evaluation, summary
+                evaluation.values(metric)  # an unknown one is told although there may be nothing to compare with
             else:
                 found = paired(baseline, evaluation, metric, names=(contenders[0].label, one.label))
                 row["against_baseline"] = vars(found)

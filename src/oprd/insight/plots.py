@@ -102,7 +102,7 @@ def plot_bubbles(rows: Sequence[Row], path: str | Path) -> bool:
             panel.errorbar(x, y, yerr=spread, color=color, capsize=3, linewidth=1.2, zorder=1)
             label = f"{row['model']}, {memory / 1e9:.2g} GB"
             panel.scatter(x, y, s=900 * memory / most, color=color, alpha=0.45, zorder=2, linewidths=0, label=label)
-        k = rows[0]["summary"]["samples"]
+        k = next(row["summary"]["samples"] for row in costed if row["benchmark"] == benchmark)
         panel.set(title=benchmark, xlabel=f"wall-clock {name}", ylabel=f"Avg@{k}, % (95 % interval)")
         panel.margins(x=0.3, y=0.25)
         panel.set_xlim(left=0)  # a second more or less is not to look like twice the time

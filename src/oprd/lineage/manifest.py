@@ -78,7 +78,8 @@ class Manifest:
 
     @classmethod
     def start(cls, run: Path, *, identity: dict[str, Any], processes: int, resumed: bool) -> Manifest:
-        """Begin or, where ``resumed``, go on. Nothing is written before the first `update`.
+        """Begin or, where ``resumed``, go on; settings that have changed since are kept with the session. Nothing is
+        written before the first `update`.
 
         Args:
             identity: config, student, teacher, bridge, data, seeds, parent, repeats, command.
@@ -108,6 +109,10 @@ class Manifest:
                 raise ValueError(
                     f"{run} began with other inputs: {'; '.join(differing)}. Restore them, or start a new run."
                 )
+            before, after = content["config"], identity["config"]
+            changed = {k: [before.get(k), after.get(k)] for k in {**before, **after} if before.get(k) != after.get(k)}
+            session |= {"changed_settings": changed} if changed else {}
+            content["config"] = after
             content["sessions"].append(session)
         else:
             content = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from oprd.training.bridging import BridgeConfig
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 from oprd.training.validation import BenchmarkConfig
+
+logger = logging.getLogger(__name__)
 
 
 def _data(name: str, default: Any) -> Any:
@@ -128,10 +131,19 @@ def resolved(configs: Configs) -> dict[str, Any]:
             plain = plain.to_dict() if hasattr(plain, "to_dict") else plain
             if (item.name in (*HELP, *BRIDGE_HELP, *BENCHMARK_HELP) or plain != default) and _is_plain(plain):
                 settings[item.name] = plain
-    # Derived from the machine, secret, or about this one call: not what repeats a run.
-    for name in ("local_rank", "run_name", "hub_token", "push_to_hub_token", "resume", "resume_from_checkpoint"):
+    # Derived from the machine, or about this one call: not what repeats a run.
+    for name in ("local_rank", "run_name", "resume", "resume_from_checkpoint"):
         settings.pop(name, None)
-    return settings
+    return _without_secrets(settings)
+
+
+def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without tokens, at any depth (``model_init_kwargs`` may hold one)."""
+    return {
+        key: _without_secrets(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in SECRETS
+    }
 
 
 def _is_plain(value: Any) -> bool:
@@ -167,6 +179,7 @@ def second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dic
     return second
 
 
+SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 PATH_KEYS = (
     "model_name_or_path",
     "teacher_model_name_or_path",
@@ -200,6 +213,11 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
             recipe[key] = str(where / value)
     if "--output_dir" not in arguments:
         recipe["output_dir"] = next(name for name in _repetitions(recipe["output_dir"]) if not Path(name).exists())
+    changed = sorted({key for session in manifest["sessions"] for key in session.get("changed_settings", ())})
+    if changed:
+        logger.warning(
+            f"{manifest['run']} was resumed with another {', '.join(changed)}; this run has the last from the start."
+        )
     hardware = manifest["sessions"][-1]["hardware"]
     if not hardware["gpus"]:
         torch.set_num_threads(hardware["threads"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
+from huggingface_hub import upload_folder
 from transformers import AutoConfig, AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -37,6 +37,15 @@ from oprd.training.trainer import OPRDTrainer
 from oprd.training.validation import BenchmarkConfig, BenchmarkScores, load_benchmarks
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a run was asked for: the command, the manifest of the run that it repeats, words for the progress bar."""
+
+    command: list[str]
+    before: dict[str, Any] | None = None
+    description: str = "distilling"
 
 
 @dataclass(frozen=True)
@@ -163,19 +172,21 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
     ``bridge: auto`` it also holds ``bridge/``, with benchmarks ``evaluations/`` and ``best``; a second stage (``then``) has
     its run in ``then/``, and that directory is returned.
     """
+    said = ["***" if "token" in key else part for key, part in pairwise(["", *arguments])]
+    call = Call(["oprd", "train", *said], description=description)
     if "--from" not in arguments:
-        return _run(arguments, None, description)
+        return _run(arguments, call)
     with repeated(arguments) as (arguments, before):
-        return _run(arguments, before, description)
+        return _run(arguments, dataclasses.replace(call, before=before))
 
 
-def _run(arguments: list[str], before: dict[str, Any] | None, description: str) -> tuple[Path, bool]:
+def _run(arguments: list[str], call: Call) -> tuple[Path, bool]:
     configs = parse(arguments)
     data, args = configs.data, configs.args
     directory = Path(args.output_dir)
     second = None if data.then is None else second_stage(arguments, data.then, directory)
     if second is None or not (directory / "final").exists():
-        is_main = _one_stage(configs, description, before)
+        is_main = _one_stage(configs, call)
     if second is None:
         return directory, is_main
     written = directory / "then.yaml"
@@ -183,9 +194,10 @@ def _run(arguments: list[str], before: dict[str, Any] | None, description: str) 
         write_text(written, yaml.safe_dump(second, sort_keys=True))
     PartialState().wait_for_everyone()
     resume = ["--resume"] if data.resume else []
-    other = None if before is None else Path(before["folder"]) / "then"
+    other = None if call.before is None else Path(call.before["folder"]) / "then"
     before = read_manifest(other) if other is not None and (other / NAME).exists() else None
-    return _run(["--config", str(written), *resume], before, f"{description}, then")
+    call = dataclasses.replace(call, before=before, description=f"{call.description}, then")
+    return _run(["--config", str(written), *resume], call)
 
 
 def _check_directory(directory: Path, last: str | None, data: DataConfig, args: OPRDConfig) -> None:
@@ -197,15 +209,19 @@ def _check_directory(directory: Path, last: str | None, data: DataConfig, args: 
         )
 
 
-def _identity(
-    configs: Configs, settings: dict[str, Any], loaded: RunData, before: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What the run is, by content. Reads every file of both models once."""
+def _start_manifest(
+    configs: Configs, settings: dict[str, Any], loaded: RunData, call: Call, *, resumed: bool
+) -> Manifest:
+    """The run's manifest: what it is, by content. Reads every file of both models once.
+
+    Raises:
+        ValueError: a model, the bridge or the data is not what it was in the run that this one repeats.
+    """
     data, args, model, _, _ = configs
-    folder = None if args.bridge in (None, "auto") else args.bridge
+    before, folder = call.before, None if args.bridge in (None, "auto") else args.bridge
     parent = run_of_model(model.model_name_or_path)
-    return {
-        "command": ["oprd", *("***" if "token" in key else part for key, part in pairwise(["", *sys.argv[1:]]))],
+    identity: dict[str, Any] = {
+        "command": call.command,
         "directory": str(Path.cwd()),
         "config": settings,
         "student": model_record(model.model_name_or_path, model.model_revision),
@@ -213,32 +229,21 @@ def _identity(
         "bridge": None if folder is None else model_record(folder),
         "data": loaded.records(data),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
-        "parent": None
-        if parent is None
-        else {"run": str(parent), "final": (read_manifest(parent)["final"] or {}).get("hash")},
-        "repeats": None
-        if before is None
-        else {"run": before["run"], "created": before["created"], "final": before["final"]},
+        "parent": None,
+        "repeats": None,
     }
+    if parent is not None:
+        identity["parent"] = {"run": str(parent), "final": (read_manifest(parent)["final"] or {}).get("hash")}
+    if before is not None:
+        identity["repeats"] = {name: before[name] for name in ("run", "created", "final")}
+        differing = differing_inputs(before, identity)
+        if differing:
+            raise ValueError(f"{before['run']} cannot be repeated, its inputs have changed: {'; '.join(differing)}.")
+    processes = PartialState().num_processes
+    return Manifest.start(Path(args.output_dir), identity=identity, processes=processes, resumed=resumed)
 
 
-def _start_manifest(
-    configs: Configs, settings: dict[str, Any], loaded: RunData, before: dict[str, Any] | None, resumed: bool
-) -> Manifest:
-    """The run's manifest, after a check of what it reads against the run that it repeats.
-
-    Raises:
-        ValueError: a model, the bridge or the data is not what it was.
-    """
-    identity = _identity(configs, settings, loaded, before)
-    differing = [] if before is None else differing_inputs(before, identity)
-    if differing:
-        raise ValueError(f"{before['run']} cannot be repeated, its inputs have changed: {'; '.join(differing)}.")
-    directory, processes = Path(configs.args.output_dir), PartialState().num_processes
-    return Manifest.start(directory, identity=identity, processes=processes, resumed=resumed)
-
-
-def _one_stage(configs: Configs, description: str, before: dict[str, Any] | None) -> bool:
+def _one_stage(configs: Configs, call: Call) -> bool:
     data, args, model, bridge, benchmark = configs
     settings = resolved(configs)  # before the trainer fills in anything
     unused = {*(BRIDGE_HELP if args.bridge is None else ()), *(BENCHMARK_HELP if not benchmark.benchmark_steps else ())}
@@ -250,7 +255,7 @@ def _one_stage(configs: Configs, description: str, before: dict[str, Any] | None
     checkpoint = args.resume_from_checkpoint or (last if data.resume else None)
     manifest = None
     if PartialState().is_main_process:
-        manifest = _start_manifest(configs, settings, loaded, before, checkpoint is not None)
+        manifest = _start_manifest(configs, settings, loaded, call, resumed=checkpoint is not None)
     try:
         if args.bridge == "auto":
             fitted = directory / "bridge"
@@ -261,7 +266,7 @@ def _one_stage(configs: Configs, description: str, before: dict[str, Any] | None
             args.bridge = str(fitted)
             if manifest is not None:
                 manifest.content["fitted_bridge"] = model_record(str(fitted))
-        trainer = _train(configs, loaded, manifest, checkpoint, description)
+        trainer = _train(configs, loaded, manifest, checkpoint, call.description)
     except BaseException as error:
         if manifest is not None:
             manifest.fail(error)
@@ -270,10 +275,10 @@ def _one_stage(configs: Configs, description: str, before: dict[str, Any] | None
         manifest.content["last_update"] = trainer.state.global_step
         manifest.finish(directory / "final")
         write_card(directory)
-        if before is not None:
-            _say_whether_identical(manifest.content, before)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        if call.before is not None:
+            _say_whether_identical(manifest.content, call.before)
+        if args.push_to_hub:  # the student and its card, not the run around it
+            upload_folder(repo_id=trainer.hub_model_id, folder_path=directory / "final", token=args.hub_token)
     trainer.end()
     return manifest is not None
 

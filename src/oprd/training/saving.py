@@ -27,10 +27,10 @@ def save_final(trainer: Trainer, directory: Path, *, goes_on: bool = False) -> N
         plugin = trainer.accelerator.state.fsdp_plugin
         before = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")  # sharded ones are no model that from_pretrained could load
-        trainer.save_model(str(directory))
+        trainer.save_model(str(directory), _internal_call=True)
         plugin.set_state_dict_type(before)
     else:
-        trainer.save_model(str(directory))
+        trainer.save_model(str(directory), _internal_call=True)  # else it would push the whole run to the Hub
     if trainer.accelerator.is_main_process:
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         _forget_this_machine(directory / "tokenizer_config.json")
