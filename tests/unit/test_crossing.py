@@ -3,7 +3,7 @@ from functools import cache
 from itertools import product
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -134,7 +134,7 @@ def test_anchors_residues_and_paths_equal_the_loop(student, teacher, data):
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_a_path_says_the_students_token_after_the_residue(student, teacher, data):
     ids = without_special(tokenizer_of(student), data.draw(sequences(student)))
@@ -192,7 +192,7 @@ def check_what_is_summed(student, teacher, data, *, opening):
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_what_is_summed_holds_what_the_teacher_reads(student, teacher, data):
     check_what_is_summed(student, teacher, data, opening=False)

@@ -86,7 +86,7 @@ def test_a_model_by_name(model, revision, out, where):
 
 def test_a_folder_with_a_model(models):
     path = str(models / "student")
-    expected = [Subject(path, path, None, Path("evaluations") / path.strip("/").replace("/", "--"))]
+    expected = [Subject(path, path, None, Path("evaluations") / f"{models.name}--student")]
     assert subjects_of(path, ["final"], None) == expected
     assert subjects_of(path, ["final"], "x")[0].out == Path("x")
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
 FORMATS = ("auto", "chat", "text")
-STATEMENT_COLUMNS = ("problem", "question")  # bare problem statements; a column named prompt holds finished prompts
+FINISHED = "prompt"  # a column of this name holds finished prompts, any other bare problem statements
 
 NAMED: dict[str, dict[str, str]] = {
     "aime24": {"name": "HuggingFaceH4/aime_2024", "split": "train"},
@@ -88,6 +88,9 @@ def _source(name: str, split: str | None) -> tuple[str, dict[str, str]]:
         raise ValueError(
             f"There is no benchmark {name!r}: give {', '.join(NAMED)}, a {', '.join(FILE_KINDS)} file or a Hub id."
         )
+    for short, source in NAMED.items():
+        if source["name"] == name:  # with its configuration
+            return short, source | ({} if split is None else {"split": split})
     return name.rsplit("/", 1)[1], {"name": name, "split": split or "test"}
 
 
@@ -98,7 +101,7 @@ def _format(rows: Sequence[PromptRow], wanted: str, has_template: bool, name: st
     if wanted != "auto":
         return wanted
     is_text = isinstance(rows[0].prompt, str)
-    if is_text and rows[0].column not in STATEMENT_COLUMNS:
+    if is_text and rows[0].column == FINISHED:
         return "text"
     if not has_template and not is_text:
         logger.info(f"{name}: the tokenizer has no chat template, so messages are read as plain text.")
@@ -141,15 +144,16 @@ def load_benchmark(
     if odd:
         raise ValueError(f"{name}, {odd.place}: text and chat prompts are mixed. Use one kind.")
     form = _format(rows, prompt_format, has_template, name)
-    problems = []
+    problems: dict[str, Problem] = {}  # by id: prompts may differ in the instruction alone
     for row in rows:
         prompt = row.prompt
-        verbatim = isinstance(prompt, str) and row.column not in STATEMENT_COLUMNS
+        verbatim = isinstance(prompt, str) and row.column == FINISHED
         wanted = ("" if verbatim else SUFFIX) if suffix is None else suffix
         prompt = add_suffix(prompt, wanted) if wanted else prompt
         if form == "chat":
             prompt = as_messages(prompt)
         elif not isinstance(prompt, str):
             prompt = "\n\n".join(message["content"] for message in prompt)
-        problems.append(Problem(problem_id(row.prompt, row.answer), prompt, row.answer))
-    return Benchmark(short, source["name"], tuple(problems), form)
+        problem = Problem(problem_id(row.prompt, row.answer), prompt, row.answer)
+        problems.setdefault(problem.id, problem)
+    return Benchmark(short, source["name"], tuple(problems.values()), form)

@@ -253,7 +253,9 @@ def _same_settings(directory: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     before = read_json(path)
-    differing = [name for name in settings if before.get(name) != settings[name]]
+    differing = [
+        n for n in settings if before.get(n) != settings[n] and not (n == "model" and "model_hash" in settings)
+    ]
     if differing:
         told = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
         raise ValueError(

@@ -49,14 +49,18 @@ def subjects_of(model: str, roles: Sequence[str], out: str | None, revision: str
             )
         if run.is_dir() and not (run / "config.json").exists():
             raise ValueError(f"{model} is neither a model (no config.json) nor a run of oprd train (no {NAME}).")
-        name = model.removeprefix(MINIATURE_PREFIX).strip("/").replace("/", "--")
+        name = (
+            "--".join(run.resolve().parts[-2:])
+            if run.is_dir()
+            else model.removeprefix(MINIATURE_PREFIX).replace("/", "--")
+        )
         return [Subject(model, resolve_path(model), revision, Path(out or Path(EVALUATIONS) / name))]
     if revision is not None:
         raise ValueError("revision would be ignored: the model is a run.")
     manifest, base, subjects = read_manifest(run), Path(out or run / EVALUATIONS), []
     for role in roles:
         if role in ("final", "best"):
-            if not (run / role / "config.json").exists() and not (run / role / "adapter_config.json").exists():
+            if not (run / role / "config.json").exists():
                 needed = "It has not finished." if role == "final" else "Set validation_benchmark to keep one."
                 raise ValueError(f"{run} holds no {role} student. {needed}")
             subjects.append(Subject(f"{run.name} {role}", str(run / role), None, base / role))
@@ -115,7 +119,7 @@ def score_models(
                 room = room_for(encoded, context, max_new_tokens, DEFAULT_MAX_NEW_TOKENS)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            settings = {"max_new_tokens": room, "batch_size": batch_size or BATCH_SIZES[engine], **sampling}
+            settings = {"max_new_tokens": room, "batch_size": batch_size or BATCH_SIZES.get(engine, 64), **sampling}
             plan.append((benchmark, Sampling(**settings)))
         identity = {"model": subject.path, "revision": made["revision"], "model_hash": made["hash"]}
         plans.append((subject, plan, identity))

@@ -226,7 +226,7 @@ def _start_manifest(
         "config": settings,
         "student": model_record(model.model_name_or_path, model.model_revision),
         "teacher": model_record(args.teacher_model_name_or_path, args.teacher_model_revision),
-        "bridge": None if folder is None else model_record(folder),
+        "bridge": model_record(folder) if folder and Path(folder).is_dir() else None,
         "data": loaded.records(data),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "parent": None,
