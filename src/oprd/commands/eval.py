@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from oprd.commands.shared import show_events, show_rows
+from oprd.lineage.evaluations import ROLES
 
-ROLES = ("final", "best", "student", "teacher")
 LOADING = ("dtype", "device", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 PROMPTS = ("prompt_format", "suffix", "split", "limit", "prompt_column", "answer_column")
 

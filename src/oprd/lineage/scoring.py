@@ -14,7 +14,7 @@ from oprd.evaluation.benchmarks import Benchmark, load_benchmark
 from oprd.evaluation.evaluate import encode_prompts, record, room_for
 from oprd.evaluation.sampling import DEFAULT_MAX_NEW_TOKENS, Engine, Sampling, load_engine
 from oprd.lineage.card import write_card
-from oprd.lineage.evaluations import EVALUATIONS, ROLES
+from oprd.lineage.evaluations import EVALUATIONS
 from oprd.lineage.inputs import model_record
 from oprd.lineage.manifest import NAME, read_manifest
 from oprd.models import MINIATURE_PREFIX, resolve_path
@@ -141,6 +141,3 @@ def refresh_card(run: Path) -> None:
     """Write the evaluations of a finished run into its model card."""
     if (run / NAME).exists() and (run / "final" / "README.md").exists():
         write_card(run)
-
-
-__all__ = ["ROLES", "Subject", "refresh_card", "score_models", "subjects_of"]

@@ -20,13 +20,14 @@ from oprd.evaluation.benchmarks import Benchmark, load_benchmark, statement_of
 from oprd.evaluation.evaluate import draw, encode_prompts, room_for, write_evaluation
 from oprd.evaluation.sampling import Answer, Engine, Sampling, TransformersEngine, answer_of
 from oprd.evaluation.summary import Evaluation
+from oprd.lineage.evaluations import EVALUATIONS
 from oprd.records import read_json, write_json
 from oprd.training.options import BENCHMARK_HELP
 from oprd.training.saving import save_final
 
 logger = get_logger(__name__)
 
-EVALUATIONS, BEST, SCORE = "evaluations", "best", "score.json"
+BEST, SCORE = "best", "score.json"
 
 
 def _option(name: str, default: Any) -> Any:
