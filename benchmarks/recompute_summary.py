@@ -73,13 +73,13 @@ def recompute(folder: Path) -> dict[str, float]:
             problems[row["problem"]].append(row)
     right = {name: [is_right(row["response"], row["answer"]) for row in rows] for name, rows in problems.items()}
     rows = [row for one in problems.values() for row in one]
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    mean = lambda values: None if None in values else sum(values) / len(values)  # noqa: E731
     found = {
         "problems": len(problems),
         "samples": len(next(iter(problems.values()))),
         "avg_at_k": mean([100 * mean(one) for one in right.values()]),
         "best_at_k": mean([100 * any(one) for one in right.values()]),
-        "distinct_4": mean([v for v in (distinct_4([r["response"] for r in one]) for one in problems.values()) if v is not None] or [0.0]),
+        "distinct_4": mean([v for v in (distinct_4([r["response"] for r in one]) for one in problems.values()) if v is not None] or [None]),
         "mean_length": mean([row["tokens"] for row in rows]),
         "cut_off": 100 * mean([row["cut_off"] for row in rows]),
         "no_box": 100 * mean([last_box(row["response"]) is None for row in rows]),
@@ -102,8 +102,9 @@ def main() -> int:
         plain = again.pop("plain bootstrap")
         for key, value in again.items():
             said = summary[key]["value"] if isinstance(summary[key], dict) else summary[key]
-            agrees = abs(said - value) < 1e-9 * max(1, abs(value))
+            agrees = said is value if value is None else abs(said - value) < 1e-9 * max(1, abs(value))
             faults += not agrees
+            said, value = (float("nan") if number is None else number for number in (said, value))
             print(
                 f"{folder.name:12} {key:12} summary {said:12.6g}   recomputed {value:12.6g}   {'' if agrees else 'DIFFERS'}"
             )

@@ -73,7 +73,7 @@ def _prompt_fault(prompt: Any) -> str | None:
     return None if any(message["content"].strip() for message in prompt) else "every message is empty"
 
 
-WORKED_ANSWER = "\n#### "  # GSM8K: the solution, then the answer behind this mark
+WORKED_ANSWER = "####"  # GSM8K: the solution, then the answer behind this mark
 
 
 def _answer(row: dict[str, Any], column: str | None) -> str | None:
@@ -83,7 +83,7 @@ def _answer(row: dict[str, Any], column: str | None) -> str | None:
         answer = row["reward_model"]["ground_truth"]
     else:
         answer = row.get("answer")
-    return None if answer is None else str(answer).rpartition(WORKED_ANSWER)[2]
+    return None if answer is None else str(answer).rpartition(WORKED_ANSWER)[2].strip()
 
 
 @dataclass(frozen=True)

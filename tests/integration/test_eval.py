@@ -117,6 +117,8 @@ def test_a_finished_evaluation_is_not_drawn_again(capsys, tmp_path, monkeypatch)
     status, said = run(capsys, *arguments, "--temperature", 0.9)
     assert status == 1
     assert "sampling" in said.err and "0.9" in said.err
+    status, said = run(capsys, *arguments, "--suffix", "Hurry.")  # another question is another evaluation
+    assert status == 1 and "benchmark" in said.err
     evaluation, summary = read_evaluation(tmp_path / "test")
     assert len(evaluation.ids) == summary["problems"] == 4
 

@@ -231,7 +231,9 @@ def test_processes_share_the_benchmarks_and_agree(scored, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes()
     manifest = read_manifest(tmp_path / "two")
     assert manifest["status"] == "finished" and manifest["sessions"][0]["hardware"]["processes"] == 2
-    assert manifest["cost"]["device_hours"] == pytest.approx(2 * manifest["cost"]["wall_seconds"] / 3600, abs=1e-4)
+    assert manifest["cost"]["device_hours"] == pytest.approx(
+        2 * (manifest["cost"]["wall_seconds"] - manifest["cost"]["benchmark_seconds"]) / 3600, abs=1e-4
+    )
 
 
 def test_the_hub_gets_the_student_and_its_card_alone(tmp_path, monkeypatch):
@@ -252,6 +254,19 @@ def test_the_hub_gets_the_student_and_its_card_alone(tmp_path, monkeypatch):
         "hf_secret" in path.read_text() for path in run.glob("*.*") if path.suffix in (".json", ".yaml", ".html")
     )
     assert "hf_secret" not in (run / "final" / "README.md").read_text()
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run = train(tmp_path / "run", **saved)
+    before = {path: path.read_bytes() for path in run.rglob("*.json*") if "plots" not in path.parts}
+    train(run, **{**saved, "resume": True})
+    assert "there is nothing to resume" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (run / "README.md").exists()  # TRL's card of a checkpoint
+    train(run, status=1, **{**saved, "max_steps": 3, "learning_rate": "1e-3", "resume": True})
+    assert "learning_rate would be ignored" in capsys.readouterr().err
+    assert read_manifest(run)["last_update"] == 2
 
 
 def test_a_run_resumed_with_other_settings_says_so(tmp_path, capsys):

@@ -222,11 +222,12 @@ def test_a_system_message_is_part_of_the_problem():
     assert problem_id([{"role": "system", "content": "In base 3."}, *user("1+2?")], "10") != problem_id("1+2?", "10")
 
 
-def test_settings_of_prompts_leave_ids_and_hash(load):
+def test_settings_of_prompts_leave_ids_and_change_the_hash(load):
     rows = [LAYOUTS["problem"](*pair) for pair in PAIRS]
     settings = [{}, {"suffix": ""}, {"suffix": "Go."}, {"prompt_format": "text"}, {"has_template": False}]
     made = [load(rows, **setting) for setting in settings]
-    assert len({one.hash for one in made}) == 1
+    assert len({tuple(problem.id for problem in one.problems) for one in made}) == 1
+    assert [one.hash == made[3].hash for one in made] == [False, False, False, True, True]  # the last two ask alike
     assert len({str(one.problems) for one in made[:4]}) == 4
     assert load(rows[:2]).hash != made[0].hash != load(rows[::-1]).hash
 
@@ -304,3 +305,11 @@ def test_a_bad_row_is_named(load, bad, message):
 def test_bad_settings_are_refused(hub, name, settings, message):
     with pytest.raises(ValueError, match=message):
         load_benchmark(name, **{"has_template": False, **settings})
+
+
+@pytest.mark.parametrize(
+    "answer", ["6 * 7 = 42\n#### 42", "#### 42", "text\r\n#### 42\r\n", "so #### 42", "so\n####42 "]
+)
+def test_every_way_to_mark_a_worked_answer(load, answer):
+    (problem,) = load([{"question": "6*7?", "answer": answer}]).problems
+    assert problem.answer == "42"

@@ -209,8 +209,8 @@ def test_what_cannot_be_compared_is_a_fault_with_its_remedy(tmp_path, capsys, ki
         make_run(path, finished=kind == "no evaluation")
     assert run_compare(tmp_path, path) == 1
     error = capsys.readouterr().err
-    told = "is neither a run" if kind == "nothing there" else f"oprd eval {path} --on BENCHMARK"
-    assert told in error
+    told = {"nothing there": "is neither a run", "no evaluation": f"oprd eval {path} --on BENCHMARK"}
+    assert told.get(kind, "has not finished. Continue it with --resume") in error
     assert not (tmp_path / "plots").exists()
 
 

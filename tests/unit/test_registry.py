@@ -166,7 +166,7 @@ def test_a_run_without_a_model_is_refused(registry, runs, remove, named):
     ],
 )
 def test_a_student_needs_its_gates_or_a_reason(registry, runs, gate, why):
-    with pytest.raises(ValueError, match=f"{why}.*give a force_reason"):
+    with pytest.raises(ValueError, match=f"{why}.*say why to do without"):
         registry.promote(runs(1), gate=gate)
     for empty in ("", "  ", 7):
         with pytest.raises(ValueError, match="The reason is empty"):
@@ -296,6 +296,24 @@ def test_no_rollback_to_files_that_are_gone(registry, promote):
     with pytest.raises(ValueError, match="The files of version 1 are gone"):
         registry.rollback("broken")
     assert registry.current()["version"] == 2
+
+
+def test_no_rollback_to_files_that_are_damaged(registry, promote):
+    promote(1)
+    promote(2)
+    (registry.folder(1) / "model.safetensors").write_text("other")
+    with pytest.raises(ValueError, match=r"Version 1: model.safetensors changed\. Restore version 1, or name another"):
+        registry.rollback("broken")
+    assert registry.current()["version"] == 2
+
+
+def test_no_reason_is_good_enough_for_files_that_their_run_did_not_write(registry, runs):
+    run = runs(1)
+    (run / "manifest.json").write_text(json.dumps({"final": {"hash": passed(run)["model_hash"]}}))
+    (run / "final" / "model.safetensors").write_text("other")
+    with pytest.raises(ValueError, match="has changed since its run wrote it"):
+        registry.promote(run, gate=None, force_reason="in a hurry")
+    assert not registry.versions()
 
 
 def test_links_are_copied_as_what_they_lead_to(registry, tmp_path):

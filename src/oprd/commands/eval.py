@@ -14,15 +14,23 @@ LOADING = ("dtype", "device", "trust_remote_code", "tensor_parallel_size", "gpu_
 PROMPTS = ("prompt_format", "suffix", "split", "limit", "prompt_column", "answer_column")
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any to tell."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False) or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
 def add_eval(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "eval",
         help="sample k answers to every problem of a benchmark and grade them",
         description="Sample k answers to every problem and grade them with math-verify. Every answer is written to responses.jsonl, "
-        "the numbers with 95 %% intervals to summary.json. A killed evaluation continues where it was when the same "
+        "the numbers with 95 % intervals to summary.json. A killed evaluation continues where it was when the same "
         "command runs again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add = parser.add_argument
     add("model", help="a Hub id, a folder, or a run of oprd train (its final student; see --of)")

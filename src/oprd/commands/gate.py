@@ -41,5 +41,7 @@ def run_gate(options: argparse.Namespace) -> int:
     else:
         show_rows([{"state": v["state"], "gate": v["gate"], "benchmark": v["benchmark"], "reason": v["reason"]}
                    for v in outcome["verdicts"]], as_json=False)  # fmt: skip
+        for note in outcome["notes"]:
+            print(f"oprd: {note}", file=sys.stderr)
         print("Passed." if outcome["passed"] else "Not passed.", file=sys.stderr)
     return 0 if outcome["passed"] else SHUT

@@ -34,11 +34,11 @@ def add_registry(commands) -> None:
     promote.add_argument("--without_gate", default=None, metavar="REASON", help="promote all the same, and record why")
     action("list", "list all versions")
     retire = action("retire", "take a version that is not current out of use; its files stay")
-    retire.add_argument("version", type=int)
-    retire.add_argument("--reason", required=True)
+    retire.add_argument("version", type=int, help="its number")
+    retire.add_argument("--reason", required=True, help="why; it is kept")
     rollback = action("rollback", "go back to the version before, and retire the current one")
     rollback.add_argument("--to", type=int, default=None, metavar="VERSION", help="go back to this one")
-    rollback.add_argument("--reason", required=True)
+    rollback.add_argument("--reason", required=True, help="why; it is kept")
     action("verify", "check every file against its hash; exit code 1 if something is wrong")
     parser.set_defaults(run_command=run_registry)
 
@@ -79,6 +79,7 @@ def run_registry(options: argparse.Namespace) -> int:
                 "from": one["source"],
                 "content": one["model_hash"][:12],
                 "note": one["note"] or "",
+                "reason": (one.get("retired") or one.get("forced") or {}).get("reason") or "",
             }
             for one in versions
         ],

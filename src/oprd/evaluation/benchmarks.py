@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ class Benchmark:
 
     @property
     def hash(self) -> str:
-        """One hash of all problems, in order."""
-        return hashlib.sha256("\n".join(problem.id for problem in self.problems).encode()).hexdigest()
+        """One hash of all problems as they are asked, in order: the instruction and the format count."""
+        asked = json.dumps([[problem.id, problem.prompt] for problem in self.problems], ensure_ascii=False)
+        return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def statement_of(prompt: str | list[dict[str, str]]) -> str:
@@ -139,7 +141,9 @@ def load_benchmark(
     rows = read_prompts(**source, drop_duplicates=True, **columns)[:limit]
     for row in rows:
         if not (row.answer or "").strip():
-            raise ValueError(f"{name}, {row.place}: no answer to grade against. Set answer_column.")
+            raise ValueError(
+                f"{name}, {row.place}: no answer to grade against. Fill or remove the row, or set answer_column."
+            )
     odd = odd_kind(rows)
     if odd:
         raise ValueError(f"{name}, {odd.place}: text and chat prompts are mixed. Use one kind.")

@@ -107,11 +107,12 @@ class Evaluation:
         return np.array([[100.0 * is_so(answer) for answer in row] for row in self.answers]).mean(1)
 
     def estimate(self, metric: str) -> dict[str, float]:
-        """Mean over problems with its 95 % interval: ``{value, low, high}``; in percent, lengths in tokens."""
+        """Mean over problems with its 95 % interval: ``{value, low, high}``; in percent, lengths in tokens. None three times
+        where no problem counts."""
         values = self.values(metric)
         values = values[~np.isnan(values)]
         if not len(values):  # answers of fewer than four words, all of them
-            return {"value": 0.0, "low": 0.0, "high": 0.0}
+            return {"value": None, "low": None, "high": None}
         low, high = bootstrap_interval(values, bounds=None if metric == "mean_length" else (0, 100))
         return {"value": float(values.mean()), "low": low, "high": high}
 
@@ -138,7 +139,9 @@ def paired(
     ours, theirs = (dict(zip(one.ids, one.values(metric), strict=True)) for one in (first, second))
     if ours.keys() != theirs.keys():
         alone = len(ours.keys() ^ theirs.keys())
-        raise ValueError(f"{names[0]} and {names[1]} answered different problems ({alone} are in one of them only).")
+        raise ValueError(
+            f"{names[0]} and {names[1]} answered different problems ({alone} are in one of them only). Evaluate both with the same --on and --limit."
+        )
     order = sorted(ours)
     return paired_comparison(np.array([ours[i] for i in order]), np.array([theirs[i] for i in order]))
 

@@ -27,13 +27,30 @@ class Contender:
 
 
 def interval(estimate: Mapping[str, float], digits: int = 1) -> str:
-    """``41.2 [33.0, 49.1]``."""
+    """``41.2 [33.0, 49.1]``, or n/a where nothing could be measured."""
+    if estimate["value"] is None:
+        return "n/a"
     return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
 
 def p_value(value: float) -> str:
     """Two digits; permutations by chance tell no small ones apart."""
     return "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def unequal_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What two evaluations did not have in common, in words: sampling, engine, and how the problems were asked."""
+    ours, theirs = first["settings"], second["settings"]
+    unequal = [
+        f"{key} {ours['sampling'][key]} and {theirs['sampling'][key]}"
+        for key in SETTINGS
+        if ours["sampling"][key] != theirs["sampling"][key]
+    ]
+    if ours["benchmark"]["hash"] != theirs["benchmark"]["hash"]:
+        unequal.append("how the problems were asked (instruction or format)")
+    if ours["engine"] != theirs["engine"]:
+        unequal.append(f"engine {ours['engine']} and {theirs['engine']}")
+    return unequal
 
 
 def result_row(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +61,7 @@ def result_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "problems": summary["problems"],
         f"Avg@{k}": interval(summary["avg_at_k"]),
         f"Best@{k}": interval(summary["best_at_k"]),
-        "Dist-4g": f"{summary['distinct_4']['value']:.1f}",
+        "Dist-4g": interval(summary["distinct_4"]).split(" ")[0],
         "length": f"{summary['mean_length']['value']:.0f}",
         "cut off %": f"{summary['cut_off']:.1f}",
         "no box %": f"{summary['no_box']:.1f}",
@@ -63,6 +80,10 @@ def open_contender(path: str) -> Contender:
     if (folder / NAME).exists():
         manifest = read_manifest(folder)
         chosen = of_final(find_evaluations(folder), last_update(manifest))
+        if not chosen and not (folder / "final").is_dir():
+            raise ValueError(
+                f"{folder} has not finished. Continue it with --resume, or compare {folder}/evaluations/best."
+            )
         if not chosen:
             raise ValueError(f"{folder} has no evaluation of its final student: oprd eval {folder} --on BENCHMARK")
         return Contender(manifest["run"], {name: one.directory for name, one in chosen.items()}, manifest["cost"])
@@ -127,8 +148,7 @@ def compare(
             else:
                 found = paired(baseline, evaluation, metric, names=(contenders[0].label, one.label))
                 row["against_baseline"] = vars(found)
-                ours, theirs = (s["settings"]["sampling"] for s in (base_summary, summary))
-                unequal = [f"{k} {ours[k]} and {theirs[k]}" for k in SETTINGS if ours[k] != theirs[k]]
+                unequal = unequal_settings(base_summary, summary)
                 if unequal:
                     notes.append(f"{benchmark}: {contenders[0].label} and {one.label} differ in {', '.join(unequal)}.")
             rows.append(row)
@@ -144,7 +164,7 @@ def table_rows(rows: Sequence[Mapping[str, Any]], metric: str = "avg_at_k") -> l
         shown[f"difference ({metric})"] = "" if found is None else interval({**found, "value": found["difference"]})
         shown["p"] = "" if found is None else p_value(found["p_value"])
         cost = row["cost"]
-        shown["minutes"] = f"{cost['wall_seconds'] / 60:.1f}" if cost else ""
+        shown["minutes"] = f"{(cost['wall_seconds'] - cost.get('benchmark_seconds', 0)) / 60:.1f}" if cost else ""
         shown["device hours"] = f"{cost['device_hours']:.3g}" if cost else ""
         shown["peak GB"] = f"{cost['peak_memory_bytes'] / 1e9:.2f}" if cost else ""
         shown["tokens trained"] = f"{cost['tokens_trained']:,}" if cost else ""

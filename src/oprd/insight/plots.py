@@ -74,7 +74,7 @@ def plot_runs(
 
 
 def plot_bubbles(rows: Sequence[Row], path: str | Path) -> bool:
-    """Accuracy against wall-clock time, the bubble's area being peak memory (the paper's Fig. 1), a panel a benchmark.
+    """Accuracy against wall-clock time (benchmarks aside), the bubble's area being peak memory (the paper's Fig. 1), a panel a benchmark.
 
     Args:
         rows: of `oprd.insight.compare.compare`; those without a cost (no runs) are left out.
@@ -90,14 +90,15 @@ def plot_bubbles(rows: Sequence[Row], path: str | Path) -> bool:
         return False
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in costed))
     most = max(row["cost"]["peak_memory_bytes"] for row in costed) or 1
-    longest = max(row["cost"]["wall_seconds"] for row in costed)
+    seconds = lambda row: row["cost"]["wall_seconds"] - row["cost"].get("benchmark_seconds", 0)  # noqa: E731
+    longest = max(seconds(row) for row in costed)
     unit, name = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
     figure = Figure(figsize=(7.6 * len(benchmarks), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, benchmark in zip(figure.subplots(1, len(benchmarks), squeeze=False)[0], benchmarks, strict=True):
         for index, row in enumerate(r for r in costed if r["benchmark"] == benchmark):
             score, cost = row["summary"]["avg_at_k"], row["cost"]
-            x, y, color = cost["wall_seconds"] / unit, score["value"], f"C{index}"
+            x, y, color = seconds(row) / unit, score["value"], f"C{index}"
             spread, memory = [[y - score["low"]], [score["high"] - y]], cost["peak_memory_bytes"]
             panel.errorbar(x, y, yerr=spread, color=color, capsize=3, linewidth=1.2, zorder=1)
             label = f"{row['model']}, {memory / 1e9:.2g} GB"

@@ -112,10 +112,10 @@ def _score_curves(found: Sequence[Found]) -> list[Chart]:
     return [chart for chart in charts if chart]
 
 
-def _by_role(found: Sequence[Found], last: int | None) -> dict[str, dict[str, Found]]:
+def _by_role(found: Sequence[Found], last: int | None, best: int | None = None) -> dict[str, dict[str, Found]]:
     """benchmark -> teacher, before, after, best -> evaluation. Scores of the first and last update stand in where the
     student before or the final one was not evaluated by itself."""
-    steps = {"before": 0, "after": last}
+    steps = {"before": 0, "after": last, "best": best}
     roles: dict[str, dict[str, Found]] = {}
     for one in found:
         role = {"student": "before", "final": "after"}.get(one.who, one.who)
@@ -131,6 +131,7 @@ def _by_role(found: Sequence[Found], last: int | None) -> dict[str, dict[str, Fo
 
 def _label(role: str, one: Found) -> str:
     stands_in = {"before": "student at update 0", "after": "student after the last update"}
+    stands_in["best"] = f"best student (update {one.step})"
     return stands_in.get(role, role) if one.step is not None else COLUMNS.get(role, role)
 
 
@@ -239,7 +240,8 @@ def report_page(run: Path) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     manifest, rows, found = read_manifest(run), read_metrics(Path(run) / "metrics.jsonl"), find_evaluations(run)
-    roles = _by_role(found, last_update(manifest))
+    best = best_score(run)
+    roles = _by_role(found, last_update(manifest), best and best["step"])
     loader = PackageLoader("oprd.insight", ".")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -248,7 +250,7 @@ def report_page(run: Path) -> str:
         manifest=manifest,
         line=_ancestry(manifest),
         session=manifest["sessions"][-1],
-        best=best_score(run),
+        best=best,
         results=results(roles),
         scores=_score_curves(found),
         curves=training_charts(rows),

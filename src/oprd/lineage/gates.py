@@ -116,6 +116,11 @@ def run_gates(config: Mapping[str, Any], candidate: Candidate, baseline: Candida
                 continue
             limit = 0 - threshold if name == "max_drop" else threshold  # 0 and not -0.0
             for benchmark in _benchmarks(config, candidate, baseline if reading != "value" else None):
+                judged = [candidate] if reading == "value" else [candidate, baseline]
+                if any(one.evaluations[benchmark].estimate(metric)["value"] is None for one in judged):
+                    reason = f"{metric} cannot be measured: no answer has four words. Remove {gate}, or judge another benchmark"
+                    verdicts.append(Verdict(gate, benchmark, "undecided", reason))
+                    continue
                 estimate, shown = _estimate(metric, reading, benchmark, candidate, baseline)
                 by_value = config.get("decide_by", "interval") == "value"
                 verdicts.append(_verdict(gate, benchmark, estimate, shown, limit, direction, by_value))

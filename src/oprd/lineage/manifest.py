@@ -155,11 +155,15 @@ class Manifest:
 
 
 def total_cost(sessions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over sessions: seconds, device hours (GPUs where there are any, else processes), tokens; the highest peak."""
+    """Sums over sessions: seconds, device hours (a process each, without the time for benchmarks), tokens; the highest peak."""
     return {
         "wall_seconds": round(sum(s["wall_seconds"] for s in sessions), 1),
         "benchmark_seconds": round(sum(s.get("benchmark_seconds", 0.0) for s in sessions), 1),
-        "device_hours": round(sum(s["wall_seconds"] * s["hardware"]["processes"] for s in sessions) / 3600, 4),
+        "device_hours": round(
+            sum((s["wall_seconds"] - s.get("benchmark_seconds", 0.0)) * s["hardware"]["processes"] for s in sessions)
+            / 3600,
+            4,
+        ),
         "device": (sessions[-1]["hardware"]["gpus"] or [sessions[-1]["hardware"]["processor"]])[0],
         "tokens_generated": sum(s["tokens_generated"] for s in sessions),
         "tokens_trained": sum(s["tokens_trained"] for s in sessions),

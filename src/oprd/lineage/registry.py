@@ -96,7 +96,12 @@ class Registry:
         fault = _gate_fault(said["gate"], model_hash)
         if fault and force_reason is None:
             raise ValueError(
-                f"{final} is not promoted: {fault}. Run its gates (oprd gate), or give a force_reason (--without_gate)."
+                f"{final} is not promoted: {fault}. Run its gates (oprd gate), or say why to do without (--without_gate REASON)."
+            )
+        made = (json.loads(manifest.read_bytes()).get("final") or {}).get("hash") if manifest.is_file() else None
+        if made not in (None, model_hash):
+            raise ValueError(
+                f"{final} has changed since its run wrote it: its manifest.json names other content. Restore it."
             )
         _refuse_active(self._read(), model_hash)  # before the copy, which takes long; and again after it
         with self._incoming() as incoming:
@@ -148,13 +153,17 @@ class Registry:
             if to is None:
                 before = [e["version"] for e in registry["versions"] if e["state"] == "active" and e["version"] < left]
                 if not before:
-                    raise ValueError("No active version came before. Promote another, or name one with to=.")
+                    raise ValueError(
+                        "No active version came before. Promote another, or name a version to go back to (--to)."
+                    )
                 to = max(before)
             _entry(registry, to, "active")
             if to == left:
                 raise ValueError(f"Version {to} is the current one. Name another.")
             if not self.folder(to).is_dir():
                 raise ValueError(f"The files of version {to} are gone: {self.folder(to)}. Restore them, or retire it.")
+            if faults := self._version_faults(_entry(registry, to)):
+                raise ValueError(f"{' '.join(faults)} Restore version {to}, or name another.")
             at = _record(registry, "rollback", to, reason)
             _entry(registry, left).update(state="retired", retired={"at": at, "reason": reason})
             registry["current"] = to
@@ -279,7 +288,14 @@ def _gate_fault(gate: Any, model_hash: str) -> str | None:
 def _refuse_active(registry: Mapping[str, Any], model_hash: str) -> None:
     for entry in registry["versions"]:
         if entry["state"] == "active" and entry["model_hash"] == model_hash:
-            raise ValueError(f"This model is the active version {entry['version']} already. Roll back to that one.")
+            raise ValueError(
+                f"This model is the active version {entry['version']} already"
+                + (
+                    ": it is the current one."
+                    if entry["version"] == registry["current"]
+                    else ". Roll back to that one."
+                )
+            )
 
 
 def _entry(registry: Mapping[str, Any], version: int, state: str | None = None) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def score_models(
             benchmark = load_benchmark(name, has_template=bool(tokenizer.chat_template), **prompts)
             if any(benchmark.name == other.name for other, _ in plan):
                 raise ValueError(
-                    f"Two benchmarks are called {benchmark.name}. Evaluate one of them with another --out."
+                    f"Two benchmarks are called {benchmark.name}. Rename one of the files, or evaluate it with another --out."
                 )
             try:
                 encoded = encode_prompts(tokenizer, benchmark.problems, template)

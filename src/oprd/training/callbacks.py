@@ -74,6 +74,7 @@ class CostMeter(TrainerCallback):
         self.write(state)
 
     def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / "README.md").unlink(missing_ok=True)  # TRL's card; ours is in final/
         self.write(state, force=True)
 
     def write(self, state: Any, *, force: bool = False) -> None:

@@ -129,7 +129,9 @@ def resolved(configs: Configs) -> dict[str, Any]:
             default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
             plain = value.value if hasattr(value, "value") else value
             plain = plain.to_dict() if hasattr(plain, "to_dict") else plain
-            if (item.name in (*HELP, *BRIDGE_HELP, *BENCHMARK_HELP) or plain != default) and _is_plain(plain):
+            if (item.name in (*HELP, *BRIDGE_HELP, *BENCHMARK_HELP, *ALWAYS_TOLD) or plain != default) and _is_plain(
+                plain
+            ):
                 settings[item.name] = plain
     # Derived from the machine, or about this one call: not what repeats a run.
     for name in ("local_rank", "run_name", "resume", "resume_from_checkpoint"):
@@ -179,6 +181,22 @@ def second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dic
     return second
 
 
+ALWAYS_TOLD = (  # also where they equal the libraries' defaults, which may change
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "max_steps",
+    "num_train_epochs",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_completion_length",
+)
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 PATH_KEYS = (
     "model_name_or_path",

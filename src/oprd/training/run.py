@@ -39,6 +39,9 @@ from oprd.training.validation import BenchmarkConfig, BenchmarkScores, load_benc
 logger = get_logger(__name__)
 
 
+IN_CHECKPOINT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")  # and won by it
+
+
 @dataclass(frozen=True)
 class Call:
     """How a run was asked for: the command, the manifest of the run that it repeats, words for the progress bar."""
@@ -209,6 +212,15 @@ def _check_directory(directory: Path, last: str | None, data: DataConfig, args: 
         )
 
 
+def _is_done(directory: Path, settings: dict[str, Any], args: OPRDConfig) -> bool:
+    """Whether a finished run has no update left to make."""
+    if not (directory / NAME).exists():
+        return False
+    manifest = read_manifest(directory)
+    reached = 0 < args.max_steps <= (manifest.get("last_update") or 0)
+    return manifest["status"] == "finished" and (reached or manifest["config"] == settings)
+
+
 def _start_manifest(
     configs: Configs, settings: dict[str, Any], loaded: RunData, call: Call, *, resumed: bool
 ) -> Manifest:
@@ -240,7 +252,17 @@ def _start_manifest(
         if differing:
             raise ValueError(f"{before['run']} cannot be repeated, its inputs have changed: {'; '.join(differing)}.")
     processes = PartialState().num_processes
-    return Manifest.start(Path(args.output_dir), identity=identity, processes=processes, resumed=resumed)
+    manifest = Manifest.start(Path(args.output_dir), identity=identity, processes=processes, resumed=resumed)
+    changed = manifest.content["sessions"][-1].get("changed_settings", {})
+    kept = [name for name in IN_CHECKPOINT if name in changed]
+    if kept:
+        raise ValueError(
+            f"{', '.join(kept)} would be ignored: the checkpoint's optimiser goes on with what it had "
+            f"({changed[kept[0]][0]} for {kept[0]}). Resume with that, or start a new run from its last checkpoint."
+        )
+    if changed:
+        logger.info(f"Resumed with other settings: {', '.join(f'{k} {a} -> {b}' for k, (a, b) in changed.items())}.")
+    return manifest
 
 
 def _one_stage(configs: Configs, call: Call) -> bool:
@@ -251,6 +273,9 @@ def _one_stage(configs: Configs, call: Call) -> bool:
     directory = Path(args.output_dir)
     last = get_last_checkpoint(args.output_dir) if directory.is_dir() else None
     _check_directory(directory, last, data, args)
+    if (directory / "final").exists() and _is_done(directory, settings, args):
+        logger.info(f"{directory} has finished; there is nothing to resume.")
+        return PartialState().is_main_process
     loaded = load_data(configs)
     checkpoint = args.resume_from_checkpoint or (last if data.resume else None)
     manifest = None

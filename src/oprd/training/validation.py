@@ -115,7 +115,8 @@ def load_benchmarks(
             raise ValueError(f"{source}: {error} Or set benchmark_max_new_tokens.") from error
         if benchmark.name in found:
             raise ValueError(
-                f"Two benchmarks are called {benchmark.name}: {source} and {found[benchmark.name].source}."
+                f"Two benchmarks are called {benchmark.name}: {source} and {found[benchmark.name].source}. Rename one of the files; a "
+                "validation set must not be a test set."
             )
         found[benchmark.name] = benchmark
     if config.validation_benchmark:
