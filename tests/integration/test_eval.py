@@ -126,6 +126,7 @@ def test_a_finished_evaluation_is_not_drawn_again(capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["nobody/nothing", "--on", "miniature:test.jsonl"], "nobody/nothing is no folder here, and the Hub has not given it"),
         (["miniature:student", "--on", "nothing"], "There is no benchmark 'nothing'"),
         (["miniature:student", "--on", "nothing.jsonl"], "There is no file nothing.jsonl"),
         (["miniature:student", "--on", "miniature:test.jsonl", "--of", "teacher"], "is not a run of oprd train"),

@@ -42,7 +42,7 @@ def test_a_recipe_is_a_mapping(tmp_path, text):
 
 
 def test_abbreviations_are_not_settings(tmp_path):
-    with pytest.raises(ValueError, match="--learning_rat"):
+    with pytest.raises(ValueError, match="Unknown key --learning_rat; did you mean --learning_rate"):
         parse(["--config", recipe(tmp_path), "--learning_rat", "1e-4"])
 
 

@@ -9,6 +9,19 @@ import sys
 from oprd.commands.shared import show_events, show_rows
 
 SHUT = 3
+EXAMPLE = """\
+GATES, for example:
+
+  accuracy: {min: 40, max_drop: 2}          # Avg@k in percent; also min_gain
+  length: {max_increase_percent: 20}        # tokens; also max
+  repetition: {max_drop: 5}                 # of Dist-4g; also min_distinct_4
+  cut_off: {max: 5}                         # percent; also max_increase
+  no_box: {max: 5}                          # percent; also max_increase
+  cost: {max_increase_percent: 50}          # device hours; also max_wall_hours, max_device_hours, max_peak_memory_gb
+  benchmarks: [aime24]                      # default: all in common
+  decide_by: interval                       # or value
+  undecided: fail                           # or pass: where the interval holds the threshold
+"""
 
 
 def add_gate(commands) -> None:
@@ -16,12 +29,11 @@ def add_gate(commands) -> None:
     parser = commands.add_parser(
         "gate",
         help="hold a run against thresholds and a baseline; the exit code says whether it passes",
-        description="Hold a run's final student against thresholds on accuracy, length, repetition and cost. Scores are judged by "
-        "their 95 % intervals, differences are paired by problem. Exit code 0: passed, 3: not. The outcome is kept in the "
-        "run's gate.json, which oprd registry promote asks for.",
-        epilog="gates.yaml, for example:  accuracy: {min: 40, max_drop: 2}   length: {max_increase_percent: 20}   "
-        "repetition: {max_drop: 5}   cut_off: {max: 5}   no_box: {max: 5}   cost: {max_increase_percent: 50}   "
-        "(optional: benchmarks: [aime24]   decide_by: interval|value   undecided: fail|pass)",
+        description="Hold a run's final student against thresholds on accuracy, length, repetition and cost. Scores are\n"
+        "judged by their 95 % intervals, differences are paired by problem. Exit code 0: passed, 3: not. The\n"
+        "outcome is kept in the run's gate.json, which oprd registry promote asks for.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("candidate", metavar="RUN", help="a run, or a folder of evaluations")
     parser.add_argument("--against", default=None, metavar="BASELINE", help="a run, or a folder of evaluations")

@@ -170,5 +170,6 @@ def table_rows(rows: Sequence[Mapping[str, Any]], metric: str = "avg_at_k") -> l
         shown["tokens trained"] = f"{cost['tokens_trained']:,}" if cost else ""
         table.append(shown)
     names = dict.fromkeys(name for row in table for name in row)  # with another k, other columns
-    keep = [name for name in names if name != "undecided %" or any(row[name] != "0.0" for row in table)]
+    silent = {"undecided %": "0.0"}  # told only where there is something to tell, like every empty column
+    keep = [name for name in names if any(row.get(name, "") not in ("", silent.get(name)) for row in table)]
     return [{name: row.get(name, "") for name in keep} for row in table]

@@ -141,13 +141,15 @@ def results(roles: Mapping[str, Mapping[str, Found]]) -> list[dict[str, Any]]:
     for index, (name, here) in enumerate(roles.items()):
         order = [role for role in ("teacher", "before", "after", "best") if role in here]
         opened = {role: read_evaluation(here[role].directory) for role in order}
+        alike = opened[order[0]][1]["samples"]  # a score made during training is no row among others of more samples
+        order = [role for role in order if opened[role][1]["samples"] == alike]
         rows, points = [], []
         for role in order:
             evaluation, summary = opened[role]
             label = _label(role, here[role])
             row = {"": label, **{k: v for k, v in result_row(summary).items() if k not in ("benchmark", "problems")}}
             row["difference to before"] = row["p"] = ""
-            if role != "before" and "before" in opened and opened["before"][0].ids == evaluation.ids:
+            if role != "before" and "before" in order and opened["before"][0].ids == evaluation.ids:
                 difference = paired(opened["before"][0], evaluation, "avg_at_k")
                 row["difference to before"] = interval(vars(difference) | {"value": difference.difference})
                 row["p"] = p_value(difference.p_value)
@@ -155,7 +157,8 @@ def results(roles: Mapping[str, Mapping[str, Found]]) -> list[dict[str, Any]]:
             points.append((label, *(summary["avg_at_k"][end] for end in ("value", "low", "high"))))
         summary = opened[order[-1]][1]
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        columns = [name for name in columns if name != "undecided %" or any(row[name] != "0.0" for row in rows)]
+        silent = {"undecided %": "0.0"}
+        columns = [name for name in columns if any(row[name] not in ("", silent.get(name)) for row in rows)]
         chart = interval_chart(f"interval{index}", f"Avg@k on {name}", points, xlabel="% (95 % interval over problems)")
         settings = summary["settings"]["sampling"]
         tables.append(

@@ -22,22 +22,33 @@ def model_record(name: str, revision: str | None = None) -> dict[str, Any]:
 
     A Hub model that is not in the cache yet is fetched. Of its files those of `HUB_FILES` count (``*.bin`` too, where the
     weights are not safetensors), whatever else is in the cache.
+
+    Raises:
+        ValueError: neither a folder nor a model that the Hub gives.
     """
     folder = Path(resolve_path(name))
     if folder.is_dir():
         files = folder_hashes(folder)
     else:
-        from huggingface_hub import snapshot_download
-
-        patterns = HUB_FILES
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        patterns = list(HUB_FILES)
+        folder = _from_hub(name, revision, patterns)
         if not any(folder.rglob("*.safetensors")):
-            patterns = [*HUB_FILES, "*.bin"]
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            patterns.append("*.bin")
+            folder = _from_hub(name, revision, patterns)
         files = folder_hashes(folder)
         files = {file: digest for file, digest in files.items() if any(fnmatch(file, p) for p in patterns)}
     commit = folder.name if folder.parent.name == "snapshots" else None
     return {"name": name, "revision": commit, "hash": combined_hash(files), "files": files}
+
+
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name} is no folder here, and the Hub has not given it: {reason}") from error
 
 
 def data_record(name: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,11 @@ def parse(arguments: list[str], command: str = "train") -> Configs:
         recipe = find_recipe(arguments[position])
         _check_recipe(recipe, {action.dest for action in parser._actions} | {"env"})
         arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
+    for argument in arguments:
+        key = argument.split("=", 1)[0]
+        if key.startswith("--") and key not in {*parser._option_string_actions, "--config"}:
+            near = difflib.get_close_matches(key, parser._option_string_actions, n=1)
+            raise ValueError(f"Unknown key {key}" + (f"; did you mean {near[0]}?" if near else "."))
     data, args, model, bridge, benchmark = parser.parse_args_and_config(arguments)
     if isinstance(data.then, str):
         data.then = yaml.safe_load(data.then)
