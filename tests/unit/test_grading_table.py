@@ -178,7 +178,15 @@ def test_from_threads(worker):
         assert list(pool.map(lambda case: grade(*case), cases)) == [n % 2 == 0 for n in range(2, 42)]
 
 
-def test_an_interrupt_leaves_no_stale_reply(worker):
+@pytest.fixture
+def interrupts():
+    """Processes that a script started in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_no_stale_reply(worker, interrupts):
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
