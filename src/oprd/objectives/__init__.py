@@ -17,6 +17,7 @@ from oprd.objectives.representation import (
     representation_loss,
 )
 from oprd.objectives.selection import map_layers, select_layers, select_positions
+from oprd.objectives.streaming import state_term
 
 __all__ = [
     "REPRESENTATION_KINDS",
@@ -34,6 +35,7 @@ __all__ = [
     "sampled_token_loss",
     "select_layers",
     "select_positions",
+    "state_term",
     "top_k_kl",
     "top_k_loss",
 ]

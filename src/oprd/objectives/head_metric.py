@@ -41,15 +41,61 @@ def head_grams(student_head: Tensor, teacher_head: Tensor) -> HeadGrams:
             f"The heads cover {student_head.shape[0]} and {teacher_head.shape[0]} tokens; cut both to the tokenizer's "
             "length."
         )
-    dtype = torch.promote_types(torch.promote_types(student_head.dtype, teacher_head.dtype), torch.float32)
-    size = student_head.shape[0]
-    student, teacher = student_head.to(dtype), teacher_head.detach().to(dtype)
-    a = student - student.mean(dim=0)
-    b = teacher.mean(dim=0) - teacher
-    of_differences = a.shape == b.shape
-    if of_differences:
-        b = a + b
-    return HeadGrams(a.T @ a / size, a.T @ b / size, b.T @ b / size, of_differences)
+    own, cross, other = _Grams.apply(student_head, teacher_head.detach())
+    return HeadGrams(own, cross, other, student_head.shape == teacher_head.shape)
+
+
+TILE_BYTES = 64 * 2**20  # of one float32 copy of a tile of a head
+
+
+class _Grams(torch.autograd.Function):
+    """The three products, a tile of tokens at a time: no head-sized copy but the gradient itself.
+
+    With centred a and b, ``own = a'a / V``, ``cross = a'b / V``, ``other = b'b / V``, so that ``dL/da = (a (G_own + G_own')
+    + b G_cross') / V`` and ``dL/db = (a G_cross + b (G_other + G_other')) / V``, where G is the gradient of a product. Both
+    are centred, as a and b are.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        ctx.means = tuple(_mean(head, dtype) for head in (student, teacher))
+        ctx.save_for_backward(student, teacher)
+        grams: list[Tensor] | None = None
+        for a, b, _ in _centred_tiles(student, teacher, ctx.means):
+            products = [a.T @ a, a.T @ b, b.T @ b]
+            grams = products if grams is None else [g.add_(p) for g, p in zip(grams, products, strict=True)]
+        return tuple(g / len(student) for g in grams)
+
+    @staticmethod
+    def backward(ctx, own: Tensor, cross: Tensor, other: Tensor) -> tuple[Tensor | None, None]:
+        student, teacher = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        by_a, by_b = own + own.T, cross.T
+        if student.shape == teacher.shape:  # b moves with the student too
+            by_a, by_b = by_a + cross, by_b + other + other.T
+        grad = torch.empty_like(student)
+        for a, b, part in _centred_tiles(student, teacher, ctx.means):
+            grad[part] = (torch.addmm(a @ by_a, b, by_b) / len(student)).to(grad.dtype)
+        return grad, None
+
+
+def _tiles(head: Tensor) -> list[slice]:
+    size = max(TILE_BYTES // (4 * head.shape[1]), 1)
+    return [slice(start, start + size) for start in range(0, len(head), size)]
+
+
+def _mean(head: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.stack([head[part].sum(0, dtype=dtype) for part in _tiles(head)]).sum(0) / len(head)
+
+
+def _centred_tiles(student: Tensor, teacher: Tensor, means: tuple[Tensor, Tensor]):
+    """``a = W_S``, ``b = -W_T`` or, for heads of one width, ``W_S - W_T``; centred, with the tokens they cover."""
+    for part in _tiles(student):
+        a = student[part].to(means[0].dtype) - means[0]
+        b = means[1] - teacher[part].to(means[1].dtype)
+        yield a, a + b if student.shape == teacher.shape else b, part
 
 
 def logit_mse(student: Tensor, teacher: Tensor, grams: HeadGrams) -> Tensor:

@@ -7,19 +7,28 @@ after the forward would each make a full-length zero-padded gradient before the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from oprd.models import backbone_of, decoder_layers
+from oprd.states.attention import ARGUMENT, Packing, no_mask
 from oprd.states.views import Reading
 
 T = TypeVar("T")
 
 
 def visit_states(
-    model: nn.Module, reading: Reading, layers: Sequence[int], visit: Callable[[int, Tensor], T]
+    model: nn.Module,
+    reading: Reading,
+    layers: Sequence[int],
+    visit: Callable[[int, Tensor], T],
+    *,
+    prefix: Reading | None = None,
+    top_layer: int | None = None,
 ) -> tuple[Tensor, dict[int, T]]:
     """Run the backbone once; call ``visit(layer, states [B, S, d])`` for each of ``layers``, ascending.
 
@@ -28,33 +37,74 @@ def visit_states(
     checkpointing on or off: transformers checkpoints a block's ``forward``, so hooks run once, outside of what is
     recomputed.
 
+    Args:
+        prefix: what was read of a packed ``reading``'s documents before it; runs first, without gradient, and its keys
+            and values are constants.
+        top_layer: blocks above it do not run; all do by default.
+
     Returns:
-        The last hidden states ``[B, S, d]`` (after the final norm) and the visitor's result per layer.
+        The last hidden states ``[B, S, d]`` (after the final norm; of no meaning if blocks were left out) and the
+        visitor's result per layer.
 
     Raises:
-        ValueError: a layer outside ``1..L``.
+        ValueError: a layer outside ``1..L``, or above ``top_layer``.
     """
     backbone = backbone_of(model)
     blocks = decoder_layers(backbone)
     depth = len(blocks)
-    outside = [layer for layer in layers if not 1 <= layer <= depth]
+    top_layer = depth if top_layer is None else top_layer
+    outside = [layer for layer in layers if not 1 <= layer <= top_layer]
     if outside:
-        raise ValueError(f"layers {outside} are outside 1..{depth}.")
+        raise ValueError(f"layers {outside} are outside 1..{top_layer}.")
     results: dict[int, T] = {}
+    memory: dict[int, Any] | None = None
+    with _up_to(backbone, blocks, top_layer):
+        if prefix is not None:
+            memory = {}
+            with torch.no_grad():
+                _read(backbone, prefix, writes=memory)
 
-    def hook_for(layer: int):
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            results[layer] = visit(layer, output[0] if isinstance(output, tuple) else output)
+        def hook_for(layer: int):
+            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+                results[layer] = visit(layer, output[0] if isinstance(output, tuple) else output)
 
-        return hook
+            return hook
 
-    handles = [blocks[layer - 1].register_forward_hook(hook_for(layer)) for layer in layers if layer < depth]
-    try:
-        output = backbone(input_ids=reading.ids_BS, attention_mask=reading.mask_BS.long(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    last_BSd = output.last_hidden_state
+        handles = [blocks[layer - 1].register_forward_hook(hook_for(layer)) for layer in layers if layer < depth]
+        try:
+            last_BSd = _read(backbone, reading, reads=memory)
+        finally:
+            for handle in handles:
+                handle.remove()
     if depth in layers:
         results[depth] = visit(depth, last_BSd)
     return last_BSd, results
+
+
+def _read(backbone: nn.Module, reading: Reading, **memory: dict[int, Any] | None) -> Tensor:
+    """Last hidden states ``[B, S, d]`` of one reading."""
+    if not reading.is_packed:
+        arguments = {"attention_mask": reading.mask_BS.long()}
+    else:
+        arguments = {
+            "attention_mask": no_mask(reading.ids_BS.device),
+            "position_ids": reading.positions_BS,
+            ARGUMENT: Packing(reading.lengths, **memory),
+        }
+    return backbone(input_ids=reading.ids_BS, use_cache=False, **arguments).last_hidden_state
+
+
+@contextmanager
+def _up_to(backbone: nn.Module, blocks: nn.ModuleList, top_layer: int) -> Iterator[None]:
+    """Leave out the blocks above ``top_layer``. What backward recomputes is a block, so they may be back by then."""
+    if top_layer == len(blocks):
+        yield
+        return
+    owner, name = next(
+        (module, name) for module in backbone.modules() for name, child in module.named_children() if child is blocks
+    )
+    setattr(owner, name, blocks[:top_layer])
+    try:
+        yield
+    finally:
+        setattr(owner, name, blocks)

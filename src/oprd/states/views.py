@@ -21,10 +21,19 @@ STATE_AT = ("predictive", "token")
 
 @dataclass(frozen=True)
 class Reading:
-    """What one model reads: right-padded ids and their mask, ``[B, S]``."""
+    """What one model reads: right-padded ids and their mask, ``[B, S]``.
+
+    Or, packed, one row (B = 1) of documents of the given ``lengths``, with the place of each token in its document.
+    """
 
     ids_BS: Tensor
     mask_BS: Tensor
+    positions_BS: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        return self.lengths is not None
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,15 @@ class PositionPairs:
 
     def of_student(self, states_BSd: Tensor) -> Tensor:
         """The student's states at the pairs, ``[B, S, d] -> [N, d]``."""
-        return states_BSd[self.row_N, self.student_N]
+        return states_BSd.flatten(0, 1).index_select(0, self.student_places(states_BSd.shape[1]))
+
+    def student_places(self, width: int) -> Tensor:
+        """The pairs in the student's states as one list of ``B * width``, ``[N]``; no place comes twice."""
+        return self.row_N * width + self.student_N
 
     def of_teacher(self, states_BSd: Tensor) -> Tensor:
         """The teacher's states at the pairs, ``[B, S, d] -> [N, d]``."""
-        return states_BSd[self.row_N, self.teacher_N]
+        return states_BSd.flatten(0, 1).index_select(0, self.row_N * states_BSd.shape[1] + self.teacher_N)
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,8 @@ class Rollout:
     """One micro-batch, ready for both models.
 
     ``state_*`` are the positions whose hidden states are compared, ``output_*`` those whose next-token distributions
-    are. Weights already hold every denominator. ``prefix`` is there if the tokenizers differ.
+    are. Weights already hold every denominator. ``prefix`` is there if the tokenizers differ, ``student_prefix`` if the
+    student reads the start of its documents apart, without gradient.
     """
 
     student: Reading
@@ -94,6 +108,7 @@ class Rollout:
     output_weights_N: Tensor
     output_tokens_N: Tensor
     prefix: PrefixRows | None = None
+    student_prefix: Reading | None = None
 
 
 def close_gaps(ids_BS: Tensor, mask_BS: Tensor) -> Reading:

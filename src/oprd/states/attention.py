@@ -1,0 +1,170 @@
+"""Attention over documents packed into one row, none of which sees another.
+
+Registered with transformers under `PACKED`: any model whose attention goes through ``AttentionInterface`` can use it. What
+is packed travels as an argument of the forward (`Packing`), which gradient checkpointing keeps for its recomputation.
+Without that argument it is transformers' own ``sdpa``, so generation goes on as before.
+
+Shapes: H query heads, G key heads, T packed tokens, h head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from oprd.models import causal_lm, text_config
+
+PACKED = "oprd_packed"
+ARGUMENT = "oprd_packing"
+KeysAndValues = tuple[list[Tensor], list[Tensor]]  # one [1, G, length, h] per document
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Lengths of the documents in a packed row.
+
+    ``writes``: a place for every layer's keys and values, for a later reading that goes on from here. ``reads``: those of
+    the earlier reading; constants.
+    """
+
+    lengths: tuple[int, ...]
+    writes: dict[int, KeysAndValues] | None = field(default=None, repr=False)
+    reads: dict[int, KeysAndValues] | None = field(default=None, repr=False)
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query ``[1, H, T, h]``, key and value ``[1, G, T, h]`` -> ``[1, T, H, h]``.
+
+    Raises:
+        ValueError: the model does not hand the packing down, or asks for something that packed attention lacks.
+    """
+    packing: Packing | None = kwargs.pop(ARGUMENT, None)
+    if packing is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise ValueError(f"{type(module).__name__} gets no arguments from its model's forward. {REMEDY}")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
+        )
+    lacking = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if lacking:
+        raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)} in its attention. {REMEDY}")
+    keys, values = (list(x.split(packing.lengths, dim=2)) for x in (key, value))
+    if packing.writes is not None:
+        packing.writes[module.layer_idx] = (keys, values)
+    if packing.reads is not None:
+        earlier = packing.reads[module.layer_idx]
+        keys, values = ([torch.cat(p, dim=2) for p in zip(*x, strict=True)] for x in zip(earlier, (keys, values)))
+    if _has_varlen_kernel(query, value, dropout):
+        return _varlen(query, keys, values, packing, scaling, sliding_window), None
+    output = [
+        _document(q, k, v, dropout, scaling, sliding_window)
+        for q, k, v in zip(query.split(packing.lengths, dim=2), keys, values, strict=True)
+    ]
+    return torch.cat(output, dim=2).transpose(1, 2).contiguous(), None
+
+
+REMEDY = "Unset max_tokens_per_microbatch and set gradient_scope: full for this model."
+
+
+def _document(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
+) -> Tensor:
+    """Causal attention of a document's last tokens ``[1, H, q, h]`` to all of it ``[1, G, k, h]``, q <= k."""
+    new, length = query.shape[2], key.shape[2]
+    mask = None
+    if new == 0:
+        return query
+    if new != length or (window is not None and length > window):
+        row = torch.arange(length - new, length, device=query.device).unsqueeze(1)
+        column = torch.arange(length, device=query.device)
+        mask = column <= row
+        if window is not None:
+            mask = mask & (column > row - window)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and new > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _has_varlen_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's FlashAttention for documents of several lengths takes these tensors."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and dropout == 0 and query.shape[-1] == value.shape[-1] <= 256
+
+
+def _varlen(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
+    """All documents in one kernel: ``[1, H, T, h]`` and lists of ``[1, G, k, h]`` -> ``[1, T, H, h]``."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    totals = [k.shape[2] for k in keys]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, torch.cat(keys, dim=2), torch.cat(values, dim=2)))
+    ends = [
+        F.pad(torch.tensor(sizes, device=q.device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        for sizes in (packing.lengths, totals)
+    ]
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        *ends,
+        max(packing.lengths),
+        max(totals),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output.unsqueeze(0)
+
+
+AttentionInterface.register(PACKED, packed_attention_forward)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions is taken for one that is ready, so no model builds its own; this one is empty."""
+    return torch.empty(0, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """From now on the model reads packed rows when it is given a `Packing`, and everything else as before.
+
+    Raises:
+        ValueError: its attention is not ``sdpa``, or not every layer is attention.
+    """
+    lm, config = causal_lm(model), text_config(model)
+    name = type(lm).__name__
+    if config._attn_implementation == PACKED:
+        return
+    if config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"Packed rows need attn_implementation: sdpa, and {name} has {config._attn_implementation!r}. Set "
+            "model_init_kwargs and teacher_model_init_kwargs: {attn_implementation: sdpa}. Or: " + REMEDY
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or not getattr(lm, "_supports_attention_backend", False):
+        raise ValueError(f"{name} cannot read packed rows ({', '.join(sorted(kinds)) or 'its own attention'}). {REMEDY}")
+    config._attn_implementation = PACKED

@@ -1,0 +1,150 @@
+"""From padded rows to one row of documents: what nobody needs is not read.
+
+A document is a row's tokens up to its last supervised position. With ``suffix``, those before its first supervised one are
+read apart, without gradient, and the rest goes on from their keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from oprd.states.views import PositionPairs, Reading, Rollout
+
+
+def pack(rollout: Rollout, *, suffix: bool = False) -> Rollout:
+    """The same rollout in packed readings; every pair stays, in its order, and so do the weights.
+
+    Rows that hold no pair are not read. If none holds one, a single token is, so that there is a graph.
+
+    Args:
+        suffix: cut the student's documents before their first supervised position: ``student_prefix`` is what lies before.
+    """
+    rows = rollout.student.ids_BS.shape[0]
+    sets = rollout.state_pairs, rollout.output_pairs
+    first, last = (
+        _per_row(rows, [(pairs.row_N, pairs.student_N) for pairs in sets], reduce) for reduce in ("amin", "amax")
+    )
+    teacher_uses = [(pairs.row_N, pairs.teacher_N) for pairs in sets]
+    if rollout.prefix is not None:
+        teacher_uses.append((rollout.prefix.chain_row_E, rollout.prefix.chain_column_E))
+    teacher_last = _per_row(rows, teacher_uses, "amax")
+    device = rollout.student.ids_BS.device
+    limits = torch.stack([first, last + 1, teacher_last + 1]).tolist()  # the one wait for the device
+    starts, ends, teacher_ends = ([int(x) for x in row] for row in limits)
+    starts = [start if suffix and end else 0 for start, end in zip(starts, ends, strict=True)]
+    if not any(ends):
+        ends[0] = 1
+    if not any(teacher_ends):
+        teacher_ends[0] = 1
+    student, student_offset = _documents(rollout.student, starts, ends)
+    teacher, teacher_offset = _documents(rollout.teacher, [0] * rows, teacher_ends)
+
+    def moved(pairs: PositionPairs) -> PositionPairs:
+        return PositionPairs(
+            torch.zeros_like(pairs.row_N),
+            pairs.student_N + student_offset.to(device)[pairs.row_N],
+            pairs.teacher_N + teacher_offset.to(device)[pairs.row_N],
+        )
+
+    prefix = rollout.prefix
+    if prefix is not None:
+        column_E = prefix.chain_column_E + teacher_offset.to(device)[prefix.chain_row_E]
+        prefix = replace(prefix, chain_row_E=torch.zeros_like(prefix.chain_row_E), chain_column_E=column_E)
+    before = None
+    if any(starts):
+        kept = [end > start for start, end in zip(starts, ends, strict=True)]
+        before, _ = _documents(rollout.student, [0] * rows, starts, kept)
+    return replace(
+        rollout,
+        student=student,
+        teacher=teacher,
+        student_prefix=before,
+        state_pairs=moved(rollout.state_pairs),
+        output_pairs=moved(rollout.output_pairs),
+        prefix=prefix,
+    )
+
+
+def _per_row(rows: int, uses: Sequence[tuple[Tensor, Tensor]], reduce: str) -> Tensor:
+    """Lowest or highest column that is used in each row, ``[B]``; -1 where none is."""
+    row_N, column_N = (torch.cat(parts) for parts in zip(*uses, strict=True))
+    found_B = torch.full((rows,), -1, dtype=column_N.dtype, device=column_N.device)
+    return found_B.scatter_reduce(0, row_N, column_N, reduce, include_self=False)
+
+
+def _documents(
+    reading: Reading, starts: Sequence[int], ends: Sequence[int], kept: Sequence[bool] | None = None
+) -> tuple[Reading, Tensor]:
+    """Columns ``start .. end`` of every row, one after another, and what to add to a row's column to find it there.
+
+    ``kept`` rows are documents even if they are empty; by default those that are not.
+    """
+    start_B, end_B = torch.tensor(starts), torch.tensor(ends)
+    length_B = end_B - start_B
+    offset_B = length_B.cumsum(0) - length_B - start_B
+    row_T = torch.repeat_interleave(torch.arange(len(starts)), length_B)
+    column_T = torch.arange(len(row_T)) - offset_B[row_T]
+    device = reading.ids_BS.device
+    row_T, column_T = row_T.to(device), column_T.to(device)
+    kept = [length > 0 for length in length_B.tolist()] if kept is None else kept
+    lengths = [length for length, keep in zip(length_B.tolist(), kept, strict=True) if keep]
+    packed = Reading(
+        ids_BS=reading.ids_BS[row_T, column_T].unsqueeze(0),
+        mask_BS=reading.mask_BS[row_T, column_T].unsqueeze(0),
+        positions_BS=column_T.unsqueeze(0),
+        lengths=tuple(lengths),
+    )
+    return packed, offset_B
+
+
+def fill(lengths: Sequence[int], budget: int, at_least: int = 1) -> list[list[int]]:
+    """Rows into micro-batches of at most ``budget`` tokens: longest first, each into the fullest that has room.
+
+    Args:
+        lengths: tokens of each row.
+        budget: most tokens of a micro-batch; a longer row has one of its own.
+        at_least: cut further until there are so many (empty ones if rows run out), for processes that go in step.
+
+    Returns:
+        Row numbers of each micro-batch, ascending; the fullest micro-batch first.
+    """
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fits = [g for g, size in enumerate(sizes) if size + lengths[row] <= budget]
+        if fits:
+            group = max(fits, key=lambda g: sizes[g])
+            groups[group].append(row)
+            sizes[group] += lengths[row]
+        else:
+            groups.append([row])
+            sizes.append(lengths[row])
+    while len(groups) < at_least:
+        largest = max(groups, key=len, default=[])
+        half = len(largest) // 2
+        groups.append(largest[half:] if half else [])
+        del largest[half if half else len(largest) :]
+    groups.sort(key=lambda group: -sum(lengths[row] for row in group))
+    return [sorted(group) for group in groups]
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Rows to ``hands`` of equally many, with totals as equal as longest-first gives: row numbers of each.
+
+    Raises:
+        ValueError: the rows cannot be dealt out evenly.
+    """
+    if len(lengths) % hands:
+        raise ValueError(f"{len(lengths)} rows cannot be dealt evenly to {hands}.")
+    share = len(lengths) // hands
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    totals = [0] * hands
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        hand = min((h for h in range(hands) if len(dealt[h]) < share), key=lambda h: totals[h])
+        dealt[hand].append(row)
+        totals[hand] += lengths[row]
+    return [sorted(hand) for hand in dealt]
