@@ -5,7 +5,7 @@
 
 Vocabularies are made up (random byte strings, Zipf lengths, as many special tokens as chat models have); the text is random
 tokens of the student. Reported: building the index, residues, and time and memory a position of the loss with gradient,
-beside full-vocabulary KL between two heads of one vocabulary.
+beside top-k and full-vocabulary KL between two heads of one vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from types import SimpleNamespace
 
 import torch
 
-from oprd.objectives import full_vocab_kl
+from oprd.objectives import full_vocab_kl, top_k_kl
 from oprd.objectives.prefix_marginal import prefix_kl
+from oprd.objectives.projection import rows_that_fit
 from oprd.states import PrefixIndex
 
 
@@ -45,11 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--positions", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunk", type=int, help="positions; by default what training takes")
     parser.add_argument("--student", type=int, default=150_000)
     parser.add_argument("--teacher", type=int, default=200_000)
     options = parser.parse_args()
     device = torch.device(options.device)
+    chunk = options.chunk or rows_that_fit(4 * max(options.student, options.teacher), device)
     started = time.perf_counter()
     student = vocabulary(options.student, set(), 0)
     teacher = vocabulary(options.teacher, set(student.tokens) - {b""}, 1)
@@ -79,8 +81,8 @@ def main() -> None:
     def timed(name: str, cost) -> None:
         def once() -> float:
             total = 0.0
-            for start in range(0, options.positions, options.chunk):
-                part = slice(start, start + options.chunk)
+            for start in range(0, options.positions, chunk):
+                part = slice(start, start + chunk)
                 size = len(tokens[part])
                 own = torch.randn(size, student.size, device=device, requires_grad=True)
                 other = torch.randn(size, teacher.size, device=device)
@@ -107,6 +109,7 @@ def main() -> None:
             f"prefix marginals, top {k}",
             lambda own, other, part, k=k: prefix_kl(own, other, tokens[part], rows[part], chain[part], table, k).cost,
         )
+    timed("top 16, one vocabulary", lambda own, other, part: top_k_kl(own, other[:, : student.size], 16))
     timed("full KL, one vocabulary", lambda own, other, part: full_vocab_kl(own, other[:, : student.size]))
 
 

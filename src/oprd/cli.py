@@ -10,11 +10,12 @@ from oprd.commands.compare import add_compare
 from oprd.commands.demo import add_demo
 from oprd.commands.eval import add_eval
 from oprd.commands.gate import add_gate
+from oprd.commands.plan import run_plan
 from oprd.commands.registry import add_registry
 from oprd.commands.report import add_report
 from oprd.commands.train import run_train
 
-OWN_KEYS = {"train": run_train, "bridge": run_bridge}  # commands whose keys another parser reads
+OWN_KEYS = {"train": run_train, "bridge": run_bridge, "plan": run_plan}  # commands whose keys another parser reads
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
     commands.add_parser("bridge", help="fit a bridge between two models, or look into one", add_help=False)
+    commands.add_parser("plan", help="what a recipe needs of a GPU, and what would help", add_help=False)
     for add in (add_eval, add_compare, add_report, add_gate, add_registry, add_demo):
         add(commands)
     return parser

@@ -112,9 +112,12 @@ def head_of(model: nn.Module, vocab_size: int | None = None) -> Head:
     """The model's head over its first ``vocab_size`` tokens (all by default): padded rows take no part."""
     layer, config = causal_lm(model).get_output_embeddings(), text_config(model)
     bias = getattr(layer, "bias", None)
+    weight_Vd = gathered(layer.weight)
+    if vocab_size is not None and vocab_size < len(weight_Vd):  # a slice's backward makes a gradient of the whole again
+        weight_Vd, bias = weight_Vd[:vocab_size], None if bias is None else gathered(bias)[:vocab_size]
     return Head(
-        gathered(layer.weight)[:vocab_size],
-        None if bias is None else gathered(bias)[:vocab_size],
+        weight_Vd,
+        None if bias is None else gathered(bias),
         logit_scale(config),
         getattr(config, "final_logit_softcapping", None),
     )

@@ -19,7 +19,7 @@ CASES = {
     "with the head metric": dataclasses.replace(BASE, representation_weight=2.0, logit_weight=0.5),
     "sampled": dataclasses.replace(BASE, representation_weight=0.0, output_loss="sampled"),
     "top-k": dataclasses.replace(BASE, representation_weight=0.0, output_loss="top_k", output_top_k=4),
-    "full, small chunks": dataclasses.replace(BASE, representation_weight=0.0, output_loss="full", chunk_size=3),
+    "full": dataclasses.replace(BASE, representation_weight=0.0, output_loss="full"),
     "composite": dataclasses.replace(
         BASE, representation_weight=10.0, logit_weight=0.3, output_loss="full", output_weight=0.7, temperature=0.8
     ),

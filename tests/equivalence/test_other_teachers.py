@@ -309,9 +309,10 @@ def test_a_student_whose_tokens_are_longer_is_supervised_through_chains(tmp_path
     teacher = trainer.teacher_model
     targets = teacher_states(trainer.objective, teacher, rollout)
     from oprd.models import head_of
-    from oprd.training.objective import _chains
+    from oprd.training.output_term import _chains, _projection
 
-    chain_N = _chains(trainer.objective, head_of(teacher, VOCAB), rollout, targets.at_chains)
+    head = _projection(trainer.objective, head_of(teacher, VOCAB), targets.at_chains)
+    chain_N = _chains(head, rollout, targets.at_chains)
     checked = 0
     for n, (row, token) in enumerate(
         zip(rollout.output_pairs.row_N.tolist(), rollout.output_tokens_N.tolist(), strict=True)

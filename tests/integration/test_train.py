@@ -234,11 +234,12 @@ def test_bf16_keeps_losses_in_float32(recipe, tmp_path):
 
 
 def test_under_bf16_the_students_own_weights_are_no_distance(recipe, tmp_path, checkpoints):
-    """The teacher takes the student's dtype: in pure bf16 its rounding alone would be something to learn."""
+    """The teacher takes the student's dtype: in pure bf16 what rounding adds up to over the layers would be something to
+    learn. What is left here is one rounding, of the states that are held as targets."""
     own = ["--teacher_model_name_or_path", str(checkpoints / "student"), "--bf16", "true", "--max_steps", "1"]
     assert main(["train", "--config", str(recipe), *own]) == 0
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
-    assert row["loss/representation"] < 1e-9
+    assert row["loss/representation"] < 5e-6
     assert row["cosine"] == pytest.approx(1.0, abs=1e-5)
 
 

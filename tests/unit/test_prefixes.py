@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oprd.objectives.prefix_marginal import range_mass, sorted_mass
+from oprd.objectives.range_mass import sorted_mass
 from oprd.states import Crossing, PrefixIndex
 from oprd.states.vocabulary import _ALPHABET
 
@@ -224,7 +224,7 @@ def test_masses_equal_the_sum_over_tokens(lengths):
     cumulative = sorted_mass(q.log(), table.order_V)
     tokens = torch.arange(len(student)).expand(len(residues), -1)
     low, high, found = table.lookup(torch.arange(len(residues)), tokens)
-    mass = torch.where(found, range_mass(cumulative, low, high), 0.0)
+    mass = torch.where(found, cumulative.of(low, high), 0.0)
     for row, residue in enumerate(residues):
         said = naive_entries(student, teacher, residue, atoms)
         slow = [sum(q[row, v] for v in said.get(token, ())) for token in range(len(student))]
@@ -239,5 +239,5 @@ def test_small_masses_are_not_lost_behind_large_ones():
     logits[0, teacher.index(b"bb")] = -25.0
     table = index.table([index.residue(b"")])
     low, high = index.span(b"b")
-    mass = range_mass(sorted_mass(logits, table.order_V), torch.tensor([[low]]), torch.tensor([[high]]))
+    mass = sorted_mass(logits, table.order_V).of(torch.tensor([[low]]), torch.tensor([[high]]))
     torch.testing.assert_close(mass.log().item(), -25.0, atol=1e-3, rtol=0)

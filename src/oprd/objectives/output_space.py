@@ -6,6 +6,8 @@ distribution, ``q`` the teacher's. Vocabulary entries at ``-inf`` on both sides 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ from oprd.objectives.reduction import reduce_positions
 
 TOP_K_SUPPORTS = ("student", "teacher", "union", "intersection")
 
+SelectedCost = Callable[[Tensor, Tensor], Tensor]  # log p, log q at some tokens [..., K] -> cost [...]
 
-def _log_probs(logits: Tensor) -> Tensor:
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log softmax over the last axis, in float32 or wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
@@ -28,7 +33,7 @@ def _expected_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def full_vocab_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Eq. 4 at every position: exact reverse KL(p || q), ``[..., V]`` twice -> ``[...]``, in nats."""
-    return _expected_log_ratio(_log_probs(student_logits), _log_probs(teacher_logits.detach()))
+    return _expected_log_ratio(log_probabilities(student_logits), log_probabilities(teacher_logits.detach()))
 
 
 def sampled_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> Tensor:
@@ -39,27 +44,65 @@ def sampled_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor
     (Lemma 1).
     """
     index = tokens.unsqueeze(-1)
-    log_p = _log_probs(student_logits).gather(-1, index).squeeze(-1)
-    log_q = _log_probs(teacher_logits.detach()).gather(-1, index).squeeze(-1)
+    log_p = log_probabilities(student_logits).gather(-1, index).squeeze(-1)
+    log_q = log_probabilities(teacher_logits.detach()).gather(-1, index).squeeze(-1)
+    return sampled_cost(log_p, log_q)
+
+
+def sampled_cost(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`sampled_token` of the token's log-probabilities ``[...]``: value ``log p - log q``, gradient that times ``d log p``."""
     cost = (log_p - log_q).detach()
     return cost + cost * (log_p - log_p.detach())
 
 
-def _support(log_p: Tensor, log_q: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
-    """Token ids ``[..., K]`` and which of them count, bool ``[..., K]``."""
+def choose_support(
+    student_top: Callable[[], Tensor], teacher_top: Callable[[], Tensor], support: str
+) -> tuple[Tensor, Tensor]:
+    """Token ids ``[..., K]`` of a support and which of them count, bool ``[..., K]``.
+
+    ``student_top``, ``teacher_top`` find the ids of either side's top k ``[..., k]``; one that is not needed is not called.
+    """
     if support not in TOP_K_SUPPORTS:
         raise ValueError(f"top_k_support must be one of {', '.join(TOP_K_SUPPORTS)}, got {support!r}.")
-    k = min(k, log_p.shape[-1])
-    student_top = log_p.detach().topk(k, dim=-1).indices
-    if support == "student":
-        return student_top, torch.ones_like(student_top, dtype=torch.bool)
-    teacher_top = log_q.topk(k, dim=-1).indices
-    if support == "teacher":
-        return teacher_top, torch.ones_like(teacher_top, dtype=torch.bool)
-    shared = (teacher_top.unsqueeze(-1) == student_top.unsqueeze(-2)).any(dim=-1)
+    if support in ("student", "teacher"):
+        alone = student_top() if support == "student" else teacher_top()
+        return alone, torch.ones_like(alone, dtype=torch.bool)
+    student, teacher = student_top(), teacher_top()
+    shared = (teacher.unsqueeze(-1) == student.unsqueeze(-2)).any(dim=-1)
     if support == "intersection":
-        return teacher_top, shared
-    return torch.cat([student_top, teacher_top], -1), torch.cat([torch.ones_like(shared), ~shared], -1)
+        return teacher, shared
+    return torch.cat([student, teacher], -1), torch.cat([torch.ones_like(shared), ~shared], -1)
+
+
+def top_k_selection(
+    log_p: Tensor, log_q: Tensor, k: int, support: str, renormalize: bool
+) -> tuple[Tensor, SelectedCost]:
+    """Token ids ``[..., K]`` of the support of two distributions ``[..., V]``, and Eq. 5 as a function of their
+    log-probabilities there.
+
+    Raises:
+        ValueError: k below 1 or an unknown support.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    k = min(k, log_p.shape[-1])
+    index, counts = choose_support(
+        lambda: log_p.detach().topk(k, dim=-1).indices, lambda: log_q.topk(k, dim=-1).indices, support
+    )
+    return index, lambda p, q: support_kl(p, q, counts, renormalize)
+
+
+def support_kl(log_p: Tensor, log_q: Tensor, counts: Tensor, renormalize: bool) -> Tensor:
+    """Reverse KL of the tokens of a support that count, ``[..., K]`` three times -> ``[...]``; 0 where none does.
+
+    With ``renormalize`` logits do as well as log-probabilities: what is common to all tokens cancels.
+    """
+    log_p, log_q = log_p.masked_fill(~counts, -torch.inf), log_q.masked_fill(~counts, -torch.inf)
+    if renormalize:
+        empty = ~(log_p > -torch.inf).any(dim=-1, keepdim=True)  # log_softmax of all -inf would be NaN
+        log_p = torch.where(empty, -torch.inf, log_p.masked_fill(empty, 0.0).log_softmax(-1))
+        log_q = log_q.masked_fill(empty, 0.0).log_softmax(-1)
+    return _expected_log_ratio(log_p, log_q)
 
 
 def top_k_kl(
@@ -71,17 +114,9 @@ def top_k_kl(
     ``renormalize=True`` compares the two distributions renormalised on the support; ``False`` is the paper's experiments:
     ``sum_{v in S} p(v) (log p(v) - log q(v))`` with the full-vocabulary probabilities.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
-    log_p, log_q = _log_probs(student_logits), _log_probs(teacher_logits.detach())
-    index, counts = _support(log_p, log_q, k, support)
-    log_p = log_p.gather(-1, index).masked_fill(~counts, -torch.inf)
-    log_q = log_q.gather(-1, index).masked_fill(~counts, -torch.inf)
-    if renormalize:
-        empty = ~(log_p > -torch.inf).any(dim=-1, keepdim=True)  # log_softmax of all -inf would be NaN
-        log_p = torch.where(empty, -torch.inf, log_p.masked_fill(empty, 0.0).log_softmax(-1))
-        log_q = log_q.masked_fill(empty, 0.0).log_softmax(-1)
-    return _expected_log_ratio(log_p, log_q)
+    log_p, log_q = log_probabilities(student_logits), log_probabilities(teacher_logits.detach())
+    index, cost = top_k_selection(log_p, log_q, k, support, renormalize)
+    return cost(log_p.gather(-1, index), log_q.gather(-1, index))
 
 
 def full_vocab_loss(

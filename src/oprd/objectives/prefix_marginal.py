@@ -4,8 +4,7 @@ At every student position the teacher stands at its last boundary, ``u`` bytes b
 
     m(s) = sum of q(v) over teacher tokens v whose bytes start with u + s,  relative to those that start with u.
 
-With the teacher's tokens sorted by bytes every such set is a range, so m is a difference of two prefix sums of the sorted
-distribution. Shapes: n positions, V_T and V_S tokens, K support tokens, M table entries, U residues.
+With the teacher's tokens sorted by bytes every such set is a range (`oprd.objectives.range_mass`). Shapes: n positions, V_T and V_S tokens, K support tokens, M table entries, U residues.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from oprd.objectives.range_mass import mass_of_ranges, sorted_mass
 
 FLOOR = 1e-6  # the least share of the teacher's mass a token is taken to have: log q stays finite
 LEAST_RESIDUE_MASS = (
@@ -62,34 +63,17 @@ class PrefixTerms(NamedTuple):
 
 
 @torch.no_grad()
-def sorted_mass(teacher_logits_nV: Tensor, order_V: Tensor) -> Tensor:
-    """Prefix sums ``[n, V_T + 1]`` of the teacher's distribution in sorted order, float64: differences of nearly equal
-    sums must keep small masses."""
-    mass = teacher_logits_nV.float().softmax(-1)[:, order_V].double().cumsum(-1)
-    return torch.nn.functional.pad(mass, (1, 0))
-
-
-@torch.no_grad()
-def range_mass(cumulative_nV: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Mass of ranges: ``[n, V_T + 1]`` and bounds ``[n, K]`` -> float64 ``[n, K]``."""
-    return (cumulative_nV.gather(1, high) - cumulative_nV.gather(1, low)).clamp(min=0)
-
-
-@torch.no_grad()
-def _residue_mass(cumulative_nV: Tensor, residue_n: Tensor, table: PrefixTable) -> Tensor:
-    low, high = table.residue_low_U[residue_n], table.residue_high_U[residue_n]
-    return range_mass(cumulative_nV, low.unsqueeze(1), high.unsqueeze(1)).squeeze(1)
-
-
-@torch.no_grad()
 def _masses(
-    cumulative_nV: Tensor, residue_n: Tensor, tokens_nK: Tensor, table: PrefixTable
+    teacher_logits_nV: Tensor, residue_n: Tensor, tokens_nK: Tensor, table: PrefixTable
 ) -> tuple[Tensor, Tensor, Tensor]:
     """m(s) ``[n, K]``, which of them one teacher token can say, and the residue's own mass ``[n]``."""
-    residue = _residue_mass(cumulative_nV, residue_n, table)
     low, high, found = table.lookup(residue_n, tokens_nK)
-    mass = range_mass(cumulative_nV, low, high) / residue.clamp(min=1e-30).unsqueeze(1)
-    return torch.where(found, mass, 0.0), found, residue
+    residue_low, residue_high = table.residue_low_U[residue_n], table.residue_high_U[residue_n]
+    mass = sorted_mass(teacher_logits_nV, table.order_V).of(
+        torch.cat([low, residue_low.unsqueeze(1)], 1), torch.cat([high, residue_high.unsqueeze(1)], 1)
+    )
+    residue = mass[:, -1]
+    return torch.where(found, mass[:, :-1] / residue.clamp(min=1e-30).unsqueeze(1), 0.0), found, residue
 
 
 def _extends(tokens_nK: Tensor, can_nK: Tensor, table: PrefixTable) -> Tensor:
@@ -139,19 +123,18 @@ def prefix_kl(
         chain_n: log probability of the sampled token where it takes several teacher tokens (not yet relative to the
             residue), NaN where one is enough.
     """
-    p = student_logits.float().softmax(-1)
     tokens_n = table.canonical_V[tokens_n]
-    size = p.shape[-1]
+    size = student_logits.shape[-1]
     if k is None or k >= size:
-        support = torch.arange(size, device=p.device).expand(len(p), -1)
+        support = torch.arange(size, device=tokens_n.device).expand(len(tokens_n), -1)
         counts = torch.ones_like(support, dtype=torch.bool)
     else:
-        top = p.detach().topk(k, dim=-1).indices
+        top = student_logits.detach().topk(k, dim=-1).indices
         support = torch.cat([top, tokens_n.unsqueeze(1)], 1)
         counts = torch.ones_like(support, dtype=torch.bool)
         counts[:, -1] = (top != tokens_n.unsqueeze(1)).all(1)
     with torch.no_grad():
-        mass, found, residue = _masses(sorted_mass(teacher_logits, table.order_V), residue_n, support, table)
+        mass, found, residue = _masses(teacher_logits, residue_n, support, table)
         is_sampled = support == tokens_n.unsqueeze(1)
         event = (found | is_sampled) & counts
         chained = is_sampled & event & ~chain_n.isnan().unsqueeze(1)
@@ -166,7 +149,7 @@ def prefix_kl(
         teacher_rest = (1 - teacher.sum(1)).clamp(min=0)
         log_q = torch.cat([teacher, teacher_rest.unsqueeze(1)], 1).clamp(min=FLOOR).log().float()
         supervised = residue > LEAST_RESIDUE_MASS
-    student = _without_children(torch.where(event, _student_mass(p, support, table), 0.0), parent)
+    student = _without_children(torch.where(event, _student_mass(student_logits, support, table), 0.0), parent)
     student_rest = (1 - student.sum(1, keepdim=True)).clamp(min=FLOOR * FLOOR)
     events = torch.cat([student, student_rest], 1).float()
     present = events > 0
@@ -180,15 +163,12 @@ def prefix_kl(
     )
 
 
-def _student_mass(p_nV: Tensor, support_nK: Tensor, table: PrefixTable) -> Tensor:
-    """Student's mass on all tokens that begin with each support token, ``[n, K]``, float64: the token's own and, from
-    prefix sums in byte order, that of the longer ones."""
-    order = torch.empty_like(table.rank_V)
-    order[table.rank_V] = torch.arange(len(order), device=order.device)
-    cumulative = torch.nn.functional.pad(p_nV[:, order].double().cumsum(-1), (1, 0))
-    first, last = table.rank_V[support_nK] + 1, table.last_V[support_nK] + 1
-    longer = cumulative.gather(1, last) - cumulative.gather(1, first)
-    return p_nV.gather(1, support_nK).double() + torch.where(last > first, longer.clamp(min=0), 0.0)
+def _student_mass(logits_nV: Tensor, support_nK: Tensor, table: PrefixTable) -> Tensor:
+    """Student's mass on all tokens that begin with each support token, ``[n, K]``, float64: the token's own and that of the
+    longer ones, which follow it in byte order."""
+    first_nK = table.rank_V[support_nK]
+    behind_nK = torch.maximum(table.last_V[support_nK], first_nK) + 1
+    return mass_of_ranges(logits_nV, table.rank_V, first_nK, behind_nK)
 
 
 def prefix_sampled(
@@ -208,9 +188,8 @@ def prefix_sampled(
     log_p = student_logits.float().log_softmax(-1)
     chosen = log_p.gather(1, tokens_n.unsqueeze(1)).squeeze(1)
     with torch.no_grad():
-        cumulative = sorted_mass(teacher_logits, table.order_V)
         listed = table.canonical_V[tokens_n].unsqueeze(1)
-        mass, _, residue = _masses(cumulative, residue_n, listed, table)
+        mass, _, residue = _masses(teacher_logits, residue_n, listed, table)
         chain = (chain_n.double() - residue.clamp(min=1e-30).log()).exp()
         mass = torch.where(chain_n.isnan(), mass.squeeze(1), chain).clamp(FLOOR, 1.0)
         supervised = residue > LEAST_RESIDUE_MASS
@@ -222,5 +201,5 @@ def prefix_sampled(
 @torch.no_grad()
 def chain_log_mass(teacher_logits_eV: Tensor, low_e: Tensor, high_e: Tensor, order_V: Tensor) -> Tensor:
     """Log mass of one range per row: teacher logits ``[e, V_T]`` -> ``[e]``, float64."""
-    cumulative = sorted_mass(teacher_logits_eV, order_V)
-    return range_mass(cumulative, low_e.unsqueeze(1), high_e.unsqueeze(1)).squeeze(1).clamp(min=1e-30).log()
+    mass = sorted_mass(teacher_logits_eV, order_V).of(low_e.unsqueeze(1), high_e.unsqueeze(1))
+    return mass.squeeze(1).clamp(min=1e-30).log()

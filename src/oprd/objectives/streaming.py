@@ -22,7 +22,13 @@ Project = Callable[[Tensor], Tensor]  # states [n, d] -> [n, r]
 class _StateTerm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, states_Md: Tensor, place_N: Tensor, target_Nr: Tensor, weights_N: Tensor, kind: str, project: Project | None
+        ctx,
+        states_Md: Tensor,
+        place_N: Tensor,
+        target_Nr: Tensor,
+        weights_N: Tensor,
+        kind: str,
+        project: Project | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(states_Md, place_N, target_Nr, weights_N)
         ctx.kind, ctx.project = kind, project
@@ -46,11 +52,12 @@ class _StateTerm(torch.autograd.Function):
         for part in _slices(len(place_N), states_Md.shape[1]):
             own_nd = states_Md.index_select(0, place_N[part]).detach().requires_grad_()
             target_nr = target_Nr[part].to(own_nd.device, non_blocking=True)
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(own_nd.device.type, enabled=False):
                 own_nr = own_nd if ctx.project is None else ctx.project(own_nd)
                 value = (weights_N[part] * representation_distance(own_nr, target_nr, ctx.kind)).sum()
-            (grad_nd,) = torch.autograd.grad(value, own_nd)
-            grad_Md.index_copy_(0, place_N[part], grad_nd * grad_loss.to(grad_nd.dtype))
+                # A loss scale belongs before the gradient is rounded to the states' dtype.
+                (grad_nd,) = torch.autograd.grad(value, own_nd, grad_loss.to(value.dtype))
+            grad_Md.index_copy_(0, place_N[part], grad_nd)
         return grad_Md, None, None, None, None, None
 
 

@@ -1,10 +1,10 @@
 """Where hidden states come from: what each model reads, which positions pair up, and the forward that visits them."""
 
 from oprd.states.alignment import align_ends
-from oprd.states.attention import use_packed_attention
+from oprd.states.attention import check_packed_attention, use_packed_attention
 from oprd.states.capture import visit_states
 from oprd.states.crossing import Crossing
-from oprd.states.packing import deal, fill, pack
+from oprd.states.packing import deal, fill, only, pack
 from oprd.states.prefixes import PrefixIndex
 from oprd.states.views import PositionPairs, Reading, Rollout, TeacherText, make_rollout
 from oprd.states.vocabulary import Vocabulary, token_byte_ends, vocabulary_of
@@ -18,9 +18,11 @@ __all__ = [
     "TeacherText",
     "Vocabulary",
     "align_ends",
+    "check_packed_attention",
     "deal",
     "fill",
     "make_rollout",
+    "only",
     "pack",
     "token_byte_ends",
     "use_packed_attention",

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from oprd.models import causal_lm, text_config
+from oprd.models import backbone_of, causal_lm, text_config
 
 PACKED = "oprd_packed"
 ARGUMENT = "oprd_packing"
@@ -66,10 +66,15 @@ def packed_attention_forward(
         raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)} in its attention. {REMEDY}")
     keys, values = (list(x.split(packing.lengths, dim=2)) for x in (key, value))
     if packing.writes is not None:
+        if module.layer_idx in packing.writes:
+            raise ValueError(
+                f"{type(module).__name__} attends twice in a layer. Set gradient_scope: full for this model."
+            )
         packing.writes[module.layer_idx] = (keys, values)
     if packing.reads is not None:
-        earlier = packing.reads[module.layer_idx]
-        keys, values = ([torch.cat(p, dim=2) for p in zip(*x, strict=True)] for x in zip(earlier, (keys, values)))
+        earlier_keys, earlier_values = packing.reads[module.layer_idx]
+        keys = [torch.cat(parts, dim=2) for parts in zip(earlier_keys, keys, strict=True)]
+        values = [torch.cat(parts, dim=2) for parts in zip(earlier_values, values, strict=True)]
     if _has_varlen_kernel(query, value, dropout):
         return _varlen(query, keys, values, packing, scaling, sliding_window), None
     output = [
@@ -89,7 +94,7 @@ def _document(
     new, length = query.shape[2], key.shape[2]
     mask = None
     if new == 0:
-        return query
+        return query.new_empty(*query.shape[:3], value.shape[3])
     if new != length or (window is not None and length > window):
         row = torch.arange(length - new, length, device=query.device).unsqueeze(1)
         column = torch.arange(length, device=query.device)
@@ -166,5 +171,43 @@ def use_packed_attention(model: nn.Module) -> None:
         )
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or not getattr(lm, "_supports_attention_backend", False):
-        raise ValueError(f"{name} cannot read packed rows ({', '.join(sorted(kinds)) or 'its own attention'}). {REMEDY}")
+        raise ValueError(
+            f"{name} cannot read packed rows ({', '.join(sorted(kinds)) or 'its own attention'}). {REMEDY}"
+        )
     config._attn_implementation = PACKED
+
+
+@torch.no_grad()
+def check_packed_attention(model: nn.Module, *, suffix: bool = False) -> None:
+    """Read two short documents packed and apart, and compare; with ``suffix`` also packed and in two parts.
+
+    Raises:
+        ValueError: the states differ, so packed documents see each other or the places of tokens are lost.
+    """
+    backbone = backbone_of(model)
+    parameter = next(backbone.parameters())
+    ids = torch.arange(8, device=parameter.device).unsqueeze(0) % text_config(model).vocab_size
+    lengths = (3, 5)
+    places = torch.cat([torch.arange(length, device=parameter.device) for length in lengths]).unsqueeze(0)
+
+    def packed(columns: list[int], packing: Packing) -> Tensor:
+        arguments = {"position_ids": places[:, columns], "attention_mask": no_mask(parameter.device), ARGUMENT: packing}
+        return backbone(input_ids=ids[:, columns], use_cache=False, **arguments).last_hidden_state
+
+    was_training = backbone.training
+    backbone.eval()  # dropout would differ
+    try:
+        apart = [backbone(input_ids=part, use_cache=False).last_hidden_state for part in ids.split(lengths, dim=1)]
+        expected = torch.cat(apart, dim=1).float()
+        errors = [packed(list(range(8)), Packing(lengths)).float() - expected]
+        if suffix:
+            late = [1, 2, 5, 6, 7]  # of documents 0..2 and 3..7
+            memory: dict[int, KeysAndValues] = {}
+            packed([0, 3, 4], Packing((1, 2), writes=memory))
+            errors.append(packed(late, Packing((2, 3), reads=memory)).float() - expected[:, late])
+    finally:
+        backbone.train(was_training)
+    error = torch.cat(errors, dim=1).abs().max() / expected.abs().max()
+    rounds = parameter.dtype.itemsize < 4 or getattr(causal_lm(model), "is_quantized", False)
+    if not error < (5e-2 if rounds else 1e-3):
+        raise ValueError(f"{type(causal_lm(model)).__name__} reads packed rows differently ({error:.2g}). {REMEDY}")

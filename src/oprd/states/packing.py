@@ -1,6 +1,6 @@
-"""From padded rows to one row of documents: what nobody needs is not read.
+"""What nobody needs is not read: pairs without a use, columns behind the last pair, padding.
 
-A document is a row's tokens up to its last supervised position. With ``suffix``, those before its first supervised one are
+Packed, a rollout is one row of documents. A document is a row's tokens up to its last supervised position. With ``suffix``, those before its first supervised one are
 read apart, without gradient, and the rest goes on from their keys and values.
 """
 
@@ -13,6 +13,37 @@ import torch
 from torch import Tensor
 
 from oprd.states.views import PositionPairs, Reading, Rollout
+
+
+def only(rollout: Rollout, *, states: bool, outputs: bool) -> Rollout:
+    """Without the pairs that no term uses, and read no further than the last one of the others."""
+    none = torch.zeros(0, dtype=torch.long, device=rollout.student.ids_BS.device)
+    changes: dict[str, object] = {}
+    if not states:
+        changes |= {"state_pairs": PositionPairs(none, none, none), "state_weights_N": rollout.state_weights_N[:0]}
+    if not outputs:
+        changes |= {"output_pairs": PositionPairs(none, none, none), "output_weights_N": rollout.output_weights_N[:0]}
+        changes |= {"output_tokens_N": none, "prefix": None}
+    rollout = replace(rollout, **changes)
+    pairs = rollout.state_pairs, rollout.output_pairs
+    return replace(
+        rollout,
+        student=_up_to(rollout.student, [p.student_N for p in pairs]),
+        teacher=_up_to(rollout.teacher, [column_N for _, column_N in _teacher_uses(rollout)]),
+    )
+
+
+def _up_to(reading: Reading, columns: Sequence[Tensor]) -> Reading:
+    """A padded reading without the columns behind the last used one."""
+    used_N = torch.cat(list(columns))
+    width = int(used_N.max()) + 1 if len(used_N) else 1
+    return Reading(reading.ids_BS[:, :width], reading.mask_BS[:, :width])
+
+
+def _teacher_uses(rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns of the teacher that are read."""
+    uses = [(pairs.row_N, pairs.teacher_N) for pairs in (rollout.state_pairs, rollout.output_pairs)]
+    return uses + ([] if rollout.prefix is None else [(rollout.prefix.chain_row_E, rollout.prefix.chain_column_E)])
 
 
 def pack(rollout: Rollout, *, suffix: bool = False) -> Rollout:
@@ -28,10 +59,7 @@ def pack(rollout: Rollout, *, suffix: bool = False) -> Rollout:
     first, last = (
         _per_row(rows, [(pairs.row_N, pairs.student_N) for pairs in sets], reduce) for reduce in ("amin", "amax")
     )
-    teacher_uses = [(pairs.row_N, pairs.teacher_N) for pairs in sets]
-    if rollout.prefix is not None:
-        teacher_uses.append((rollout.prefix.chain_row_E, rollout.prefix.chain_column_E))
-    teacher_last = _per_row(rows, teacher_uses, "amax")
+    teacher_last = _per_row(rows, _teacher_uses(rollout), "amax")
     device = rollout.student.ids_BS.device
     limits = torch.stack([first, last + 1, teacher_last + 1]).tolist()  # the one wait for the device
     starts, ends, teacher_ends = ([int(x) for x in row] for row in limits)

@@ -56,6 +56,11 @@ class OPRDConfig(DistillationConfig):
     eos_token: str | None = _option("eos_token", None)
     responses_per_prompt: int = _option("responses_per_prompt", 1)
     max_prompt_length: int | None = _option("max_prompt_length", None)
+    max_tokens_per_microbatch: int | None = _option("max_tokens_per_microbatch", None)
+    gradient_scope: str = _option("gradient_scope", "full")
+    offload_targets: bool = _option("offload_targets", False)
+    offload_teacher: bool = _option("offload_teacher", False)
+    teacher_load_in_8bit: bool = _option("teacher_load_in_8bit", False)
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -76,7 +81,13 @@ class OPRDConfig(DistillationConfig):
                 raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")
         if not 0 <= self.min_paired_share <= 1:
             raise ValueError(f"min_paired_share must lie in 0..1, got {self.min_paired_share}.")
-        for name in ("position_k", "output_top_k", "responses_per_prompt", "max_prompt_length"):
+        for name in (
+            "position_k",
+            "output_top_k",
+            "responses_per_prompt",
+            "max_prompt_length",
+            "max_tokens_per_microbatch",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -106,11 +117,13 @@ class OPRDConfig(DistillationConfig):
             bridge=None,
             representation_loss=None,
             min_paired_share=0.2,
+            offload_targets=False,
         )
         if self.trainable == "head" and self.output_loss == "none" and not self.logit_weight:
             raise ValueError("trainable: head needs a term that reaches the LM head: set output_loss or logit_weight.")
         if self.trainable == "head" and self.lm_head == "freeze":
             raise ValueError("trainable: head and lm_head: freeze leave nothing to train.")
+        self._refuse_ignored(self.trainable == "head", "trainable: head", gradient_scope="full")
         takes_k = self.positions in ("first_k", "last_k")
         self._refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
 
@@ -118,6 +131,11 @@ class OPRDConfig(DistillationConfig):
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if is_off and changed:
             raise ValueError(f"{', '.join(changed)} would be ignored ({why}). Remove it.")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the models read packed rows."""
+        return self.max_tokens_per_microbatch is not None or self.gradient_scope == "suffix"
 
     @property
     def responses_per_step(self) -> int:

@@ -1,4 +1,5 @@
-"""Running sums behind the logged averages: tensors on the device, one reduction per log."""
+"""What is measured while it trains: sums behind the logged averages (tensors on the device, one reduction per log), seconds
+and memory."""
 
 from __future__ import annotations
 
@@ -19,22 +20,25 @@ class Meters:
         self._terms: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._batches = 0
 
     def add(self, terms: Terms, sums: Sums) -> None:
         """Take in one micro-batch. Nothing leaves the device."""
-        self._micro_batches += 1
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach()
         for name, (total, count) in sums.items():
             self._sums[name] = self._sums.get(name, 0) + total.detach()
             self._counts[name] = self._counts.get(name, 0) + count
 
+    def end_batch(self) -> None:
+        """All micro-batches of one accumulation step, or of one evaluation batch, are in."""
+        self._batches += 1
+
     def read(self, accelerator: Accelerator, accumulation: int) -> dict[str, float]:
         """Averages over all processes since the last read; empties the meters. Every process must call it."""
-        if not self._micro_batches:
+        if not self._batches:
             return {}
-        steps = self._micro_batches / accumulation
+        steps = self._batches / accumulation
         terms, sums = sorted(self._terms), sorted(self._sums)
         values = [self._terms[n] for n in terms] + [self._sums[n] for n in sums] + [self._counts[n] for n in sums]
         reduced = accelerator.reduce(torch.stack([v.float() for v in values]), reduction="sum").tolist()
@@ -61,3 +65,32 @@ class Stopwatch:
         """The phases so far; starts again from zero."""
         taken, self.seconds = dict(self.seconds), defaultdict(float)
         return taken
+
+
+class MemoryWatch:
+    """Peak bytes on this process's GPU: over all, and by how much an update rose above what was there. 0 without one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_on = device.type == "cuda"
+        self._start = 0
+        self._rise = 0
+        self.peak = 0
+
+    def begin(self) -> None:
+        """A micro-batch is about to run."""
+        if self._is_on:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            self._start = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+    def end(self) -> None:
+        """The micro-batch is through, backward and all."""
+        if self._is_on:
+            highest = torch.cuda.max_memory_allocated()
+            self.peak = max(self.peak, highest)
+            self._rise = max(self._rise, highest - self._start)
+
+    def read(self) -> int | None:
+        """The largest rise of a micro-batch since the last read, in bytes; None without a GPU."""
+        rise, self._rise = self._rise, 0
+        return rise if self._is_on else None

@@ -5,7 +5,6 @@ One backbone forward of each model on one rollout; no trainer, no config object.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,18 +13,9 @@ from torch import Tensor, nn
 
 from oprd.bridge import Bridge
 from oprd.models import Head, head_of
-from oprd.objectives import (
-    cosine_similarity,
-    full_vocab_kl,
-    head_grams,
-    logit_mse,
-    representation_distance,
-    sampled_token,
-    top_k_kl,
-)
-from oprd.objectives.chunked import Log, PerPosition, chunked_output_terms, entropy, top_k_overlap
-from oprd.objectives.prefix_marginal import PrefixTable, chain_log_mass, prefix_kl, prefix_sampled
+from oprd.objectives import head_grams, logit_mse, state_term
 from oprd.states import Rollout, visit_states
+from oprd.training.output_term import output_term
 
 Terms = dict[str, Tensor]  # unweighted loss terms; they add up over micro-batches and processes
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum over positions, positions)
@@ -48,13 +38,18 @@ class Objective:
     top_k_support: str = "student"
     top_k_renormalize: bool = True
     temperature: float = 1.0
-    chunk_size: int = 1024
     teacher_vocab_size: int | None = None
+    offload_targets: bool = False
     bridge: Bridge | None = field(default=None, repr=False)
 
     @property
     def uses_output(self) -> bool:
         return self.output_loss != "none" and self.output_weight != 0
+
+    @property
+    def uses_states(self) -> bool:
+        """Whether hidden states are compared, or logits through them."""
+        return self.representation_weight != 0 or self.logit_weight != 0
 
     @property
     def uses_head(self) -> bool:
@@ -65,40 +60,6 @@ class Objective:
     def top_layer(self) -> int:
         """The highest block that any term reaches."""
         return self.num_layers if self.uses_head else max(self.layers)
-
-    def per_position_output(self, table: PrefixTable | None) -> PerPosition:
-        """Student logits, teacher logits ``[n, V]``, tokens ``[n]`` (and across tokenizers what `PrefixRows` holds for
-        them) -> cost ``[n]`` and what to log."""
-        if table is not None:
-            return partial(self._across_tokenizers, table)
-        costs = {
-            "sampled": sampled_token,
-            "top_k": lambda s, t, _: top_k_kl(s, t, self.output_top_k, self.top_k_support, self.top_k_renormalize),
-            "full": lambda s, t, _: full_vocab_kl(s, t),
-        }
-
-        def one_vocabulary(student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Log]:
-            cost = costs[self.output_loss](student, teacher, tokens)
-            return cost, {"entropy/teacher": entropy(teacher), "overlap/top16": top_k_overlap(student, teacher)}
-
-        return one_vocabulary
-
-    def _across_tokenizers(self, table: PrefixTable, student: Tensor, teacher: Tensor, *rows: Tensor):
-        if self.output_loss == "sampled":
-            terms = prefix_sampled(student, teacher, *rows, table)
-        else:
-            terms = prefix_kl(
-                student, teacher, *rows, table, self.output_top_k if self.output_loss == "top_k" else None
-            )
-        return terms.cost, {
-            "prefix/supervised": terms.supervised,
-            "prefix/student_rest": terms.student_rest,
-            "prefix/teacher_rest": terms.teacher_rest,
-        }
-
-    def at_temperature(self, head: Head) -> Callable[[Tensor], Tensor]:
-        """``[n, d] -> [n, V]``: float32 logits of the distribution that responses are sampled from."""
-        return lambda states_nd: head.logits(states_nd).float() / self.temperature
 
 
 @dataclass(frozen=True)
@@ -112,6 +73,14 @@ class TeacherStates:
     at_chains: Tensor | None = None
 
 
+def _held(states: Tensor, on_cpu: bool) -> Tensor:
+    """The states as they wait for the student: where they are, or in main memory."""
+    if not on_cpu:
+        return states
+    held = torch.empty_like(states, device="cpu", pin_memory=states.is_cuda)
+    return held.copy_(states, non_blocking=True)
+
+
 @torch.no_grad()
 def teacher_states(objective: Objective, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
     """One backbone forward of the teacher; keeps the supervised positions of the chosen layers."""
@@ -121,13 +90,19 @@ def teacher_states(objective: Objective, teacher: nn.Module, rollout: Rollout) -
     for layer in layers:
         readers.setdefault(bridge.layer_map[layer - 1] if bridge else layer, []).append(layer)
     kept: dict[int, Tensor] = {}
+    device = rollout.teacher.ids_BS.device.type
+    # Autocast keeps the residual stream in float32; as targets, its half precision is a thousand times finer than what is
+    # left between student and teacher.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def visit(teacher_layer: int, states_BSd: Tensor) -> None:
         states_Nd = rollout.state_pairs.of_teacher(states_BSd)
         for layer in readers[teacher_layer]:
-            kept[layer] = bridge.project_teacher(layer, states_Nd) if bridge else states_Nd
+            target_Nr = bridge.project_teacher(layer, states_Nd) if bridge else states_Nd
+            kept[layer] = _held(target_Nr if dtype is None else target_Nr.to(dtype), objective.offload_targets)
 
-    last_BSd, _ = visit_states(teacher, rollout.teacher, sorted(readers), visit)
+    top_layer = None if objective.uses_head else max(readers)
+    last_BSd, _ = visit_states(teacher, rollout.teacher, sorted(readers), visit, top_layer=top_layer)
     prefix = rollout.prefix if objective.uses_output else None
     return TeacherStates(
         kept,
@@ -153,17 +128,30 @@ def student_loss(
     num_pairs = torch.tensor(float(len(rollout.state_pairs)), device=device)
     bridge = objective.bridge
 
+    pairs = rollout.state_pairs
+
     def visit(layer: int, states_BSd: Tensor) -> Tensor:
+        if layer == objective.num_layers:  # nothing else keeps the last states until backward
+            states_Md, place_N = pairs.of_student(states_BSd), torch.arange(len(pairs), device=device)
+        else:
+            states_Md, place_N = states_BSd.flatten(0, 1), pairs.student_places(states_BSd.shape[1])
+        project = partial(bridge.project_student, layer) if bridge else None
         with exact():
-            own_Nd, target_Nd = rollout.state_pairs.of_student(states_BSd), targets.layers[layer]
-            if bridge:
-                own_Nd = bridge.project_student(layer, own_Nd)
-            sums[f"cosine/layer_{layer:02d}"] = (cosine_similarity(own_Nd, target_Nd).sum(), num_pairs)
-            distance_N = representation_distance(own_Nd, target_Nd, objective.representation_loss)
-            return (rollout.state_weights_N * distance_N).sum()
+            term, cosine = state_term(
+                states_Md,
+                place_N,
+                targets.layers[layer],
+                rollout.state_weights_N,
+                objective.representation_loss,
+                project,
+            )
+        sums[f"cosine/layer_{layer:02d}"] = (cosine, num_pairs)
+        return term
 
     layers = objective.layers if objective.representation_weight else ()
-    last_BSd, per_layer = visit_states(student, rollout.student, layers, visit)
+    last_BSd, per_layer = visit_states(
+        student, rollout.student, layers, visit, prefix=rollout.student_prefix, top_layer=objective.top_layer
+    )
     total = last_BSd.new_zeros((), dtype=torch.float32)
 
     if per_layer:
@@ -181,7 +169,7 @@ def student_loss(
             total = total + objective.logit_weight * term
             terms["logit"] = term.detach()
         if objective.uses_output:
-            term, output_sums = _output_term(objective, own, other, rollout, last_BSd, targets)
+            term, output_sums = output_term(objective, own, other, rollout, last_BSd, targets)
             total = total + objective.output_weight * term
             terms["output"] = term.detach()
             sums = output_sums | sums
@@ -192,43 +180,3 @@ def _logit_term(own: Head, other: Head, rollout: Rollout, last_BSd: Tensor, targ
     grams = head_grams(own.linear_form(), other.linear_form())
     states = own.linear_states(rollout.state_pairs.of_student(last_BSd))
     return (rollout.state_weights_N * logit_mse(states, other.linear_states(target_Nd), grams)).sum()
-
-
-def _output_term(
-    objective: Objective, own: Head, other: Head, rollout: Rollout, last_BSd: Tensor, targets: TeacherStates
-) -> tuple[Tensor, Sums]:
-    own_Nd, prefix = rollout.output_pairs.of_student(last_BSd), rollout.prefix
-    rows = [rollout.output_tokens_N]
-    if prefix is not None:
-        rows += [prefix.residue_N, _chains(objective, other, rollout, targets.at_chains)]
-    output = chunked_output_terms(
-        objective.per_position_output(None if prefix is None else prefix.table),
-        own_Nd,
-        targets.at_outputs,
-        rows,
-        rollout.output_weights_N,
-        objective.at_temperature(own),
-        objective.at_temperature(other),
-        objective.chunk_size,
-    )
-    count = torch.tensor(float(len(own_Nd)), device=own_Nd.device)
-    sums: Sums = {name: (total, count) for name, total in output.sums.items()}
-    if prefix is None and objective.bridge is None and own_Nd.shape[1] == targets.at_outputs.shape[1]:
-        cosine_N = cosine_similarity(own_Nd, targets.at_outputs)  # for runs that do not compare the last states
-        sums[f"cosine/layer_{objective.num_layers:02d}"] = (cosine_N.sum(), count)
-    return output.loss, sums
-
-
-@torch.no_grad()
-def _chains(objective: Objective, other: Head, rollout: Rollout, at_chains_Ed: Tensor) -> Tensor:
-    """Log probability of sampled tokens that take several teacher tokens, ``[N]``; NaN where one is enough."""
-    prefix, project = rollout.prefix, objective.at_temperature(other)
-    chain_N = at_chains_Ed.new_zeros(len(rollout.output_pairs), dtype=torch.float64)
-    counts_N = torch.zeros_like(chain_N)
-    for start in range(0, len(at_chains_Ed), objective.chunk_size):
-        part = slice(start, start + objective.chunk_size)
-        ranges = prefix.chain_low_E[part], prefix.chain_high_E[part]
-        log_mass = chain_log_mass(project(at_chains_Ed[part]), *ranges, prefix.table.order_V)
-        chain_N.index_add_(0, prefix.chain_pair_E[part], log_mass)
-        counts_N.index_add_(0, prefix.chain_pair_E[part], torch.ones_like(log_mass))
-    return torch.where(counts_N > 0, chain_N, torch.nan)

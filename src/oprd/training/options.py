@@ -9,6 +9,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reduction": ("sequence", "token"),
     "lm_head": ("auto", "teacher", "keep", "freeze", "solved"),
     "trainable": ("all", "head"),
+    "gradient_scope": ("full", "suffix"),
 }
 
 THEN_HELP = "Settings of a second stage that starts from the first one's final model: a mapping in the recipe."
@@ -43,6 +44,13 @@ HELP: dict[str, str] = {
     "model).",
     "responses_per_prompt": "Responses sampled for each prompt of a step.",
     "max_prompt_length": "Drop prompts longer than this many tokens, and say how many.",
+    "max_tokens_per_microbatch": "Pack responses, with their prompts, into micro-batches of at most this many tokens; no padding, no "
+    "attention from one to another. By default per_device_train_batch_size rows are padded to the longest.",
+    "gradient_scope": "full; or suffix: no gradient before a response's first supervised position, whose keys and values are "
+    "constants. Cheaper with positions: last_k, and an approximation (docs/results.md).",
+    "offload_targets": "Keep the teacher's states in pinned main memory until the student's layer needs them.",
+    "offload_teacher": "Keep the teacher in main memory and bring it to the GPU for its forward only.",
+    "teacher_load_in_8bit": "Load the teacher in 8 bits (bitsandbytes).",
     "resume": "Continue from the newest checkpoint in output_dir, if there is one.",
 }
 

@@ -153,6 +153,7 @@ def fit_prompts(
         context=context,
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
+        max_tokens_per_microbatch=args.max_tokens_per_microbatch,
     )
     preflight.check_step_size(len(dataset), args.responses_per_step, args.responses_per_prompt)
     return dataset

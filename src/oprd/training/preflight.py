@@ -260,8 +260,10 @@ def fit_prompts(
     context: int | None,
     max_prompt_length: int | None,
     max_completion_length: int,
+    max_tokens_per_microbatch: int | None = None,
 ) -> Dataset:
-    """Drop prompts over ``max_prompt_length`` (said aloud); refuse those that leave no room for a response.
+    """Drop prompts over ``max_prompt_length`` (said aloud); refuse those that leave no room for a response, in the context
+    or in a micro-batch.
 
     Raises:
         ValueError: a prompt without tokens or without room, with its row (from 1); or nothing left.
@@ -290,5 +292,13 @@ def fit_prompts(
             f"train_dataset, row {rows[lengths.index(longest)]}: a prompt of {longest} tokens and a response of "
             f"{max_completion_length} do not fit the context of {context} ({over} such rows). Lower "
             f"max_completion_length{drop}."
+        )
+    budget = max_tokens_per_microbatch
+    if budget is not None and longest + max_completion_length > budget:
+        over = sum(length + max_completion_length > budget for length in lengths)
+        raise ValueError(
+            f"train_dataset, row {rows[lengths.index(longest)]}: a prompt of {longest} tokens and a response of "
+            f"{max_completion_length} do not fit max_tokens_per_microbatch={budget} ({over} such rows). Set it to at least "
+            f"{longest + max_completion_length}, or lower max_completion_length or max_prompt_length."
         )
     return dataset

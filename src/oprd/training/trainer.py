@@ -7,6 +7,7 @@ the only one that touches their private methods, with `oprd._compat`.
 from __future__ import annotations
 
 import textwrap
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
 from oprd import models
-from oprd._compat import RepeatSampler, create_model_from_path, is_vllm_available, prepare_deepspeed
+from oprd._compat import RepeatSampler, is_vllm_available, prepare_deepspeed
 from oprd.bridge import Bridge
 from oprd.evaluation import grade
 from oprd.objectives import position_weights, select_positions
-from oprd.states import Rollout, make_rollout
-from oprd.training import heads, preflight
+from oprd.states import Rollout, check_packed_attention, make_rollout, only, pack, use_packed_attention
+from oprd.training import heads, microbatches, preflight
 from oprd.training.config import OPRDConfig
-from oprd.training.meters import Meters, Stopwatch
+from oprd.training.meters import MemoryWatch, Meters, Stopwatch
+from oprd.training.microbatches import MicroBatch
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
 from oprd.training.pair import fit_prompts, open_bridge, open_pair
 from oprd.training.source import Source
+from oprd.training.teacher import Offloaded, check_settings, load_teacher
 
 logger = get_logger(__name__)
 
@@ -102,10 +105,7 @@ class OPRDTrainer(DistillationTrainer):
             raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path.")
         if teacher_model is model and not isinstance(model, str):
             raise ValueError("Student and teacher are one object, and the teacher is frozen. Pass a copy of it.")
-        if not isinstance(teacher_model, str) and (args.teacher_model_init_kwargs or args.teacher_model_revision):
-            raise ValueError(
-                "teacher_model_init_kwargs and teacher_model_revision would be ignored: the teacher is already a model."
-            )
+        check_settings(args, is_path=isinstance(teacher_model, str))
         model, teacher_model = (models.resolve_path(m) if isinstance(m, str) else m for m in (model, teacher_model))
         student_source = Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code)
         teacher_source = Source(teacher_model, args.teacher_model_revision, args.trust_remote_code)
@@ -144,7 +144,9 @@ class OPRDTrainer(DistillationTrainer):
             tools=tools,
         )
         self.vocab_size = shapes.vocab_size
-        teacher = self._load_teacher(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        teacher = teacher_model
+        if isinstance(teacher, str):
+            teacher = load_teacher(teacher, args, self.model.dtype, self.accelerator.num_processes)
         teacher.requires_grad_(False).eval()
         heads.check_loaded(self.model, teacher, is_fsdp=self.is_fsdp_enabled)
         pair.check_bridge(self.model, teacher)
@@ -170,17 +172,27 @@ class OPRDTrainer(DistillationTrainer):
         heads.freeze_and_report(
             self.model, teacher, self.objective, self.lm_head, why, head_alone=args.trainable == "head"
         )
+        if args.is_packed:
+            for read in (self.model, teacher):
+                use_packed_attention(read)
+                if not self.is_fsdp_enabled:
+                    check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
         else:
-            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            where = {"device_placement": False} if args.offload_teacher else {}
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True, **where)
+        self._offloaded = Offloaded(teacher, self.accelerator.device) if args.offload_teacher else None
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
         self._stopwatches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
-        self._memory_rise = 0
-        self._memory_at_start = 0
+        self._memory = MemoryWatch(self.accelerator.device)
         self.usage = {"tokens_generated": 0, "tokens_trained": 0}  # over all processes, since this object was made
-        self.peak_memory = 0  # bytes on this process's accelerator
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes on this process's accelerator."""
+        return self._memory.peak
 
     # ---------------------------------------------------------------------------------------- before the first step
 
@@ -192,18 +204,6 @@ class OPRDTrainer(DistillationTrainer):
         """Generation, and the model as it will be saved, end at ``eos_token`` too."""
         if eos_token is not None:
             self.model.generation_config.eos_token_id = list(self.eos_token_ids)
-
-    def _load_teacher(self, path: str) -> PreTrainedModel:
-        kwargs = dict(self.args.teacher_model_init_kwargs or {})
-        # States are compared: a teacher in bf16 keeps its residual stream in bf16 too, and even the student's own weights
-        # would then be a teacher at a distance. The student's dtype, under the same autocast, has no such floor.
-        kwargs.setdefault("dtype", self.model.dtype)
-        kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
-        if self.args.teacher_model_revision is not None:
-            kwargs.setdefault("revision", self.args.teacher_model_revision)
-        if self.accelerator.num_processes > 1:
-            kwargs["device_map"] = None  # a split teacher cannot be one process's share
-        return create_model_from_path(path, **kwargs)
 
     def _suppress_padded_vocabulary(self) -> None:
         """Embedding rows beyond the tokenizer stand for no token: never sample them."""
@@ -232,6 +232,8 @@ class OPRDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         started = self._stopwatch.now()
         batch = super()._generate_and_score_completions(inputs)
+        if self.args.is_packed:
+            batch, inputs = microbatches.balance(batch, inputs, self.accelerator)
         self._stopwatch.seconds["rollout"] += self._stopwatch.now() - started
         generated = batch["completion_mask"].bool()
         if "tool_mask" in batch:
@@ -248,12 +250,7 @@ class OPRDTrainer(DistillationTrainer):
         }
         if share is not None:
             masks["state"] = masks["state"] & (batch["teacher_columns"][..., self._partner_column] >= 0)
-        uses_states = self.objective.representation_weight or self.objective.logit_weight
-        used = [
-            m
-            for m, is_used in ((masks["state"], uses_states), (masks["output"], self.objective.uses_output))
-            if is_used
-        ]
+        used = [masks["state"]] * self.objective.uses_states + [masks["output"]] * self.objective.uses_output
         supervised = torch.stack(used).any(0)
         counts = [count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())]
         counts = torch.stack([*counts, generated.sum(), supervised.sum()])
@@ -292,7 +289,7 @@ class OPRDTrainer(DistillationTrainer):
         return share
 
     def make_rollout(self, batch: dict[str, Any]) -> Rollout:
-        """One micro-batch of `_prepare_inputs`, ready for both models."""
+        """One micro-batch, ready for both models."""
         reader = self._pair.reader
         crosses = reader is not None and reader.crossing is not None
         return make_rollout(
@@ -307,24 +304,40 @@ class OPRDTrainer(DistillationTrainer):
             prefix_table=reader.table_of if crosses and self.objective.uses_output else None,
         )
 
+    def _prepare_inputs(self, generation_batch):
+        is_ready = isinstance(generation_batch, MicroBatch)
+        return generation_batch if is_ready else super()._prepare_inputs(generation_batch)
+
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Of one micro-batch; of all of them, if ``inputs`` are not cut yet (in evaluation)."""
+        if isinstance(inputs, MicroBatch):
+            loss = self._micro_batch_loss(model, inputs)
+        else:
+            parts = microbatches.cut(inputs, self.args.max_tokens_per_microbatch, self.accelerator)
+            loss = torch.stack([self._micro_batch_loss(model, part) for part in parts]).sum()
+            self._meter.end_batch()
+        return (loss, None) if return_outputs else loss
+
+    def _micro_batch_loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Teacher, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
-        self._begin_memory_watch()
-        rollout = self.make_rollout(inputs)
+        uses = {"states": self.objective.uses_states, "outputs": self.objective.uses_output}
+        rollout = only(self.make_rollout(batch), **uses)
+        if self.args.is_packed:
+            rollout = pack(rollout, suffix=self.args.gradient_scope == "suffix")
         started = self._stopwatch.now()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        targets = self._forward_redirection(self.teacher_model, teacher, self._teacher_states, teacher, rollout)
+        with self._offloaded.here() if self._offloaded else nullcontext():
+            targets = self._forward_redirection(self.teacher_model, teacher, self._teacher_states, teacher, rollout)
         self._stopwatch.seconds["teacher"] += self._stopwatch.now() - started
         student = self.accelerator.unwrap_model(model)
         loss, terms, sums = self._forward_redirection(
             model, student, self._student_loss, student, teacher, rollout, targets
         )
-        self._meters["train" if self.model.training else "eval"].add(terms, sums)
+        self._meter.add(terms, sums)
         # The weights' denominators are global; DDP and the logged loss average over processes.
-        loss = loss * self.accelerator.num_processes
-        return (loss, None) if return_outputs else loss
+        return loss * self.accelerator.num_processes
 
     def _teacher_states(self, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
         with self.accelerator.autocast():
@@ -340,12 +353,29 @@ class OPRDTrainer(DistillationTrainer):
     def _stopwatch(self) -> Stopwatch:
         return self._stopwatches["train" if self.model.training else "eval"]
 
+    @property
+    def _meter(self) -> Meters:
+        return self._meters["train" if self.model.training else "eval"]
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Transformers' step for each micro-batch of one accumulation step; processes meet after the last one."""
+        model.train()
         started = self._stopwatch.now()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        batch = self._prepare_inputs(inputs)
+        parts = microbatches.cut(batch, self.args.max_tokens_per_microbatch, self.accelerator)
+        state, loss = self.accelerator.gradient_state, 0.0
+        meets = state.sync_gradients
+        for number, part in enumerate(parts, 1):
+            is_last = number == len(parts)
+            state._set_sync_gradients(meets and is_last)
+            self._memory.begin()
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = loss + super(DistillationTrainer, self).training_step(model, part, num_items_in_batch)
+            self._memory.end()
+        self._meter.end_batch()
+        self._step += 1
         self._stopwatch.seconds["step"] += self._stopwatch.now() - started
-        self._end_memory_watch()
-        if self._step % self.args.gradient_accumulation_steps == 0:
+        if self._step % self.current_gradient_accumulation_steps == 0:
             self._record_times()
         return loss
 
@@ -357,21 +387,9 @@ class OPRDTrainer(DistillationTrainer):
         metrics["time/teacher"].append(seconds["teacher"])
         metrics["time/student"].append(seconds["step"] - seconds["rollout"] - seconds["teacher"])
         metrics["tokens_per_second"].append(metrics["response_tokens"][-1] / seconds["step"])
-        if self.accelerator.device.type == "cuda":
-            metrics["memory/update_peak_rise_gb"].append(self._memory_rise / 1e9)
-            self._memory_rise = 0
-
-    def _begin_memory_watch(self) -> None:
-        if self.accelerator.device.type == "cuda" and self.model.training:
-            self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated())
-            self._memory_at_start = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _end_memory_watch(self) -> None:
-        if self.accelerator.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-            self.peak_memory = max(self.peak_memory, peak)
-            self._memory_rise = max(self._memory_rise, peak - self._memory_at_start)
+        metrics["step_time"].append(seconds["step"])
+        if (rise := self._memory.read()) is not None:
+            metrics["memory/update_peak_rise_gb"].append(rise / 1e9)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

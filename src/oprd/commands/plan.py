@@ -1,0 +1,67 @@
+"""``oprd plan``: what a recipe needs of a GPU, before a weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+
+from oprd.commands.shared import show_events, show_rows
+
+PLAN_HELP = """\
+usage: oprd plan --config RECIPE [--gpu_memory GB] [--gpus N] [--sharding none|zero2|fsdp] [--prompt_tokens N]
+                 [--all] [--key value ...] [--json]
+
+Peak memory of each GPU by category, FLOPs and tokens of one micro-batch, for the recipe and for its other gradient scope;
+with --all for every objective in both scopes, on the same rollouts. The training code runs on tensors without content: from the
+two models' config.json, in seconds, without weights and without a GPU. If the recipe does not fit, what would help.
+
+  --gpu_memory GB     memory of one GPU; by default this machine's, or 80
+  --gpus N            processes, one on each GPU (default 1)
+  --sharding          zero2: gradients and optimiser states are split over the GPUs; fsdp: weights too (default none)
+  --prompt_tokens N   length of a prompt; by default max_prompt_length, or 512
+  --all               every objective, with full and with suffix gradient (a minute or two)
+  --key value         any setting of oprd train
+
+Columns in GB. targets: the teacher's states. activations: what the student's forward and backward hold beside them.
+generation: keys and values of the responses that are sampled at once, or vLLM's share. peak: the worst moment. TFLOP counts
+matrix products and attention of the teacher's forward and the student's forward, recomputation and backward."""
+
+
+def run_plan(arguments: list[str]) -> int:
+    """Run; the other keys are the recipe parser's."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(PLAN_HELP)
+        return 0 if arguments else 2
+    own = argparse.ArgumentParser(prog="oprd plan", add_help=False, allow_abbrev=False)
+    own.add_argument("--gpu_memory", type=float)
+    own.add_argument("--gpus", type=int, default=1)
+    own.add_argument("--sharding", choices=("none", "zero2", "fsdp"), default="none")
+    own.add_argument("--prompt_tokens", type=int)
+    own.add_argument("--all", action="store_true")
+    own.add_argument("--json", action="store_true")
+    options, arguments = own.parse_known_args(arguments)
+    for name in ("gpus", "gpu_memory", "prompt_tokens"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value:g}.")
+    show_events()
+    from oprd.insight.recipe_plan import plan_recipe
+
+    found = plan_recipe(
+        arguments,
+        gpu_memory=options.gpu_memory,
+        processes=options.gpus,
+        sharding=options.sharding,
+        prompt_tokens=options.prompt_tokens,
+        every=options.all,
+    )
+    if options.json:
+        show_rows([*found.rows, *found.remedies], as_json=True)
+        return 0
+    show_rows(found.rows, as_json=False)
+    print("\n" + found.verdict)
+    for note in found.notes:
+        print(f"assumed: {note}")
+    if found.remedies:
+        print("\nwhat would help:")
+        show_rows(found.remedies, as_json=False)
+    return 0

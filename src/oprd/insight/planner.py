@@ -1,0 +1,226 @@
+"""Does it fit, and what would it cost: peak memory, FLOPs and tokens of a training step, before any weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from oprd.insight.simulate import Counts, Shapes, simulate
+from oprd.objectives import select_layers
+from oprd.training.objective import Objective
+
+GB = 10**9
+CONTEXT = 1.0 * GB  # what the driver and its libraries take of a GPU
+FRAGMENTATION = 0.05  # of a GPU that the allocator cannot use
+OPTIMIZER_BYTES = {  # of state per trainable byte; whatever is not named here is taken for AdamW
+    "adafactor": 0.0,
+    "sgd": 0.0,
+    "lion_32bit": 1.0,
+}
+SHARDING = ("none", "zero2", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One way to run an update: shapes, objective, and who holds what.
+
+    ``rows_generated``: responses that a process samples at once, of ``rows``' longest. ``in_vllm``: share of the GPU that vLLM
+    keeps; None where transformers generates.
+    """
+
+    shapes: Shapes
+    objective: Objective
+    optim: str = "adamw_torch_fused"
+    processes: int = 1
+    sharding: str = "none"
+    rows_generated: int = 1
+    in_vllm: float | None = None
+    offload_teacher: bool = False
+    teacher_in_8bit: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on each GPU by what they are for, and FLOPs and tokens of one micro-batch.
+
+    ``peak`` is the largest of three moments: generation, the teacher's forward, the student's forward and backward.
+    ``activations`` is what the student's moment holds beside the teacher's targets.
+    """
+
+    setup: Setup
+    gpu: float
+    counts: Counts
+
+    @property
+    def student(self) -> float:
+        return self._split(self.counts.student, "fsdp")
+
+    @property
+    def gradients(self) -> float:
+        return self._split(self.counts.gradients, "fsdp", "zero2")
+
+    @property
+    def optimizer(self) -> float:
+        """State of the optimiser."""
+        name = self.setup.optim
+        if "8bit" in name:
+            size = self.counts.trainable * (1.0 if "lion" in name else 2.0)
+        else:
+            size = self.counts.gradients * OPTIMIZER_BYTES.get(name, 2.0)
+        return self._split(size, "fsdp", "zero2")
+
+    @property
+    def teacher(self) -> float:
+        """The teacher's weights while the student runs, and the bridge."""
+        size = self._teacher_whole
+        if self.setup.offload_teacher:
+            size = self.counts.teacher - self.counts.teacher_backbone
+        return size + self.counts.bridge
+
+    @property
+    def targets(self) -> float:
+        offloaded = self.counts.targets_by_layer if self.setup.objective.offload_targets else 0
+        return self.counts.targets - offloaded
+
+    @property
+    def activations(self) -> float:
+        """What the student's forward and backward hold at their peak; under FSDP with the blocks that are gathered."""
+        return self.counts.student_rise + self._gathered(self.counts.student)
+
+    @property
+    def generation(self) -> float:
+        """Keys and values of all responses that are sampled at once, or what vLLM keeps."""
+        if self.setup.in_vllm is not None:
+            return self.setup.in_vllm * self.gpu
+        shapes, config = self.setup.shapes, self.setup.shapes.student.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = (shapes.autocast or shapes.dtype).itemsize
+        longest = max(map(sum, shapes.rows))
+        return float(2 * config.num_hidden_layers * heads * size * width * longest * self.setup.rows_generated)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment."""
+        always = self.student + self.optimizer
+        kept = self.setup.in_vllm is not None
+        vllm = self.generation if kept else 0.0
+        teacher = self._teacher_whole + self.counts.bridge
+        moments = [
+            self.teacher + (0.0 if kept else self.generation),
+            self.gradients + teacher + self.counts.teacher_rise + self._gathered(self.counts.teacher),
+            self.gradients + self.teacher + self.targets + self.activations,
+        ]
+        return always + vllm + max(moments)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves room for the driver and for the allocator's losses."""
+        return self.peak <= self.room
+
+    @property
+    def room(self) -> float:
+        """Bytes of the GPU that a run can use."""
+        return self.gpu * (1 - FRAGMENTATION) - CONTEXT
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """GB by category, and whether it fits."""
+        names = ("student", "teacher", "gradients", "optimizer", "targets", "activations", "generation", "peak")
+        sizes = {f"{name} GB" if name == "peak" else name: _short(getattr(self, name) / GB) for name in names}
+        tokens = self.counts.tokens_student + self.counts.tokens_prefix
+        return sizes | {
+            "fits": "yes" if self.fits else "no",
+            "TFLOP": _short(self.counts.flops / 1e12),
+            "tokens": tokens,
+            "with gradient": self.counts.tokens_student,
+            "supervised": self.counts.tokens_supervised,
+        }
+
+    def _split(self, size: float, *by: str) -> float:
+        return size / self.setup.processes if self.setup.sharding in by else float(size)
+
+    def _gathered(self, size: int) -> float:
+        """Under FSDP two blocks at a time are whole, the one that runs and the next."""
+        if self.setup.sharding != "fsdp":
+            return 0.0
+        return 2 * size / max(self.setup.shapes.student.get_text_config().num_hidden_layers, 1)
+
+    @property
+    def _teacher_whole(self) -> float:
+        size = self.counts.teacher
+        if self.setup.teacher_in_8bit:
+            size -= self.counts.teacher_linear * (self.setup.shapes.dtype.itemsize - 1)
+        return self._split(size, "fsdp")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+_COUNTED: dict[str, Counts] = {}  # the same shapes and objective are simulated once
+
+
+def plan_setup(setup: Setup, gpu: float = 80 * GB) -> Plan:
+    """The plan of one setup on a GPU of so many bytes."""
+    counted = dataclasses.replace(setup.objective, offload_targets=False)
+    key = repr((setup.shapes, counted))
+    if key not in _COUNTED:
+        _COUNTED[key] = simulate(setup.shapes, counted)
+    return Plan(setup, gpu, _COUNTED[key])
+
+
+def plan(
+    student_config: PretrainedConfig,
+    teacher_config: PretrainedConfig | None = None,
+    *,
+    rows: Sequence[tuple[int, int]] = ((512, 2048),),
+    layers: str | Sequence[int] = "all",
+    gpu: float = 80 * GB,
+    objective: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Peak memory, FLOPs and tokens of an update, from shapes alone.
+
+    Args:
+        student_config, teacher_config: of any causal LM; the teacher is like the student if it is not given.
+        rows: prompt and response tokens of each response of a micro-batch.
+        layers: as in a recipe.
+        gpu: bytes of one GPU.
+        objective: fields of `Objective`, such as ``{"logit_weight": 1.0}`` or ``{"output_loss": "full"}``.
+        settings: fields of `Shapes` and `Setup`: ``positions``, ``position_k``, ``gradient_scope``, ``is_packed``, ``dtype``,
+            ``autocast``, ``optim``, ``processes``, ``sharding``, ...
+
+    Raises:
+        ValueError: an unknown setting, or shapes that cannot be compared.
+    """
+    student, teacher = student_config.get_text_config(), (teacher_config or student_config).get_text_config()
+    known = {kind: {f.name for f in dataclasses.fields(kind)} for kind in (Shapes, Setup)}
+    unknown = settings.keys() - known[Shapes] - known[Setup]
+    if unknown:
+        raise ValueError(
+            f"Unknown settings {', '.join(sorted(unknown))}; there are {', '.join(sorted(known[Shapes] | known[Setup]))}."
+        )
+    shapes = {k: v for k, v in settings.items() if k in known[Shapes]}
+    shapes["is_packed"] = shapes.get("is_packed", False) or shapes.get("gradient_scope") == "suffix"
+    depth = student.num_hidden_layers
+    chosen = Objective(
+        tuple(select_layers(layers, depth)), depth, min(student.vocab_size, teacher.vocab_size), **(objective or {})
+    )
+    if chosen.representation_weight and shapes.get("bridge_rank") is None:
+        own, other = ((c.num_hidden_layers, c.hidden_size) for c in (student, teacher))
+        if own != other:
+            raise ValueError(
+                f"States of {own[0]} layers x {own[1]} and {other[0]} x {other[1]} are compared through a bridge only: give "
+                "bridge_rank, or representation_weight 0."
+            )
+    setup = Setup(
+        Shapes(student_config, teacher_config or student_config, tuple(map(tuple, rows)), **shapes),
+        chosen,
+        **{"rows_generated": len(rows), **{k: v for k, v in settings.items() if k in known[Setup]}},
+    )
+    return plan_setup(setup, gpu)

@@ -1,0 +1,70 @@
+"""Rollouts to processes and micro-batches by length, so that nobody waits and no padding is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from oprd.states import deal, fill
+
+Batch = dict[str, Any]
+
+
+class MicroBatch(Batch):
+    """Rows that go through the models together; there is nothing left to prepare."""
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def lengths_of(batch: Batch) -> Tensor:
+    """Tokens of each row, prompt and response, ``[B]``."""
+    return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
+
+
+def balance(batch: Batch, inputs: list[dict], accelerator: Accelerator) -> tuple[Batch, list[dict]]:
+    """Deal the rows of all processes out again: as many to each as before, with about equal tokens.
+
+    Args:
+        batch: padded rollouts of this process; ids and masks only.
+        inputs: the dataset rows that they answer.
+    """
+    if accelerator.num_processes == 1:
+        return batch, inputs
+    whole = {
+        name: accelerator.gather(accelerator.pad_across_processes(value, dim=1)) if _is_rows(value) else value
+        for name, value in batch.items()
+    }
+    everyone = gather_object(inputs)
+    mine = deal(lengths_of(whole).tolist(), accelerator.num_processes)[accelerator.process_index]
+    place = torch.tensor(mine, device=accelerator.device)
+    dealt = {name: value[place] if _is_rows(value) else value for name, value in whole.items()}
+    return dealt, [everyone[row] for row in mine]
+
+
+def cut(batch: Batch, budget: int | None, accelerator: Accelerator) -> list[MicroBatch]:
+    """Micro-batches of at most ``budget`` tokens (all in one if it is None); equally many on every process.
+
+    A process without enough rows ends with a row of no weight, so that all run the same number of forwards.
+    """
+    if budget is None:
+        return [MicroBatch(batch)]
+    lengths = lengths_of(batch).tolist()
+    groups = fill(lengths, budget)
+    if accelerator.num_processes > 1:
+        count = torch.tensor([len(groups)], device=accelerator.device)
+        groups = fill(lengths, budget, at_least=int(accelerator.gather(count).max()))
+    return [_rows(batch, group) for group in groups]
+
+
+def _rows(batch: Batch, group: list[int]) -> MicroBatch:
+    place = torch.tensor(group or [0], device=batch["prompt_mask"].device)
+    part = MicroBatch({name: value[place] if _is_rows(value) else value for name, value in batch.items()})
+    if not group:
+        part |= {name: torch.zeros_like(value) for name, value in part.items() if name.endswith("_weights")}
+    return part
