@@ -95,6 +95,7 @@ def setup_of(
         gradient_checkpointing=args.gradient_checkpointing,
         lm_head="teacher" if adopted else "freeze" if args.lm_head == "freeze" else "keep",
         trainable=args.trainable,
+        tile_mlp=args.tile_mlp,
         peft=get_peft_config(model),
         bridge_rank=rank,
     )
@@ -184,6 +185,8 @@ def remedies(setup: Setup, gpu: float) -> Iterator[tuple[str, Plan]]:
     if len(shapes.rows) > 1:
         one = {"rows": (max(shapes.rows, key=sum),), "is_packed": True}
         shape_changes[f"max_tokens_per_microbatch: {longest}"] = one
+    if not shapes.tile_mlp:
+        shape_changes["tile_mlp: true"] = {"tile_mlp": True}
     for text, change in shape_changes.items():
         exact[text] = {"shapes": change}
     if objective.representation_weight and not objective.offload_targets:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from oprd import models
 from oprd.insight.live_bytes import LiveBytes
 from oprd.objectives import map_layers, position_weights, select_positions
-from oprd.states import Rollout, make_rollout, only, pack, use_packed_attention
+from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
 from oprd.training.objective import Objective, student_loss, teacher_states
 
 
@@ -45,6 +45,7 @@ class Shapes:
     gradient_checkpointing: bool = True
     lm_head: str = "keep"
     trainable: str = "all"
+    tile_mlp: bool = False
     peft: Any = None
     bridge_rank: int | None = None
 
@@ -103,6 +104,8 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
     with mode:
         student, teacher = (_model(config, shapes) for config in (shapes.student, shapes.teacher))
         teacher.requires_grad_(False).eval()
+        tile_mlps(teacher)
+        tile_mlps(student, with_gradient=shapes.tile_mlp)
         student = _prepared(student, shapes, objective)
         trained = [p for p in student.parameters() if p.requires_grad]
         for parameter in trained:

@@ -6,6 +6,7 @@ from oprd.states.capture import visit_states
 from oprd.states.crossing import Crossing
 from oprd.states.packing import deal, fill, only, pack
 from oprd.states.prefixes import PrefixIndex
+from oprd.states.tiling import tile_mlps
 from oprd.states.views import PositionPairs, Reading, Rollout, TeacherText, make_rollout
 from oprd.states.vocabulary import Vocabulary, token_byte_ends, vocabulary_of
 
@@ -24,6 +25,7 @@ __all__ = [
     "make_rollout",
     "only",
     "pack",
+    "tile_mlps",
     "token_byte_ends",
     "use_packed_attention",
     "visit_states",

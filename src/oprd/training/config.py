@@ -58,6 +58,7 @@ class OPRDConfig(DistillationConfig):
     max_prompt_length: int | None = _option("max_prompt_length", None)
     max_tokens_per_microbatch: int | None = _option("max_tokens_per_microbatch", None)
     gradient_scope: str = _option("gradient_scope", "full")
+    tile_mlp: bool = _option("tile_mlp", False)
     offload_targets: bool = _option("offload_targets", False)
     offload_teacher: bool = _option("offload_teacher", False)
     teacher_load_in_8bit: bool = _option("teacher_load_in_8bit", False)

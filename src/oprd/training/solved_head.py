@@ -59,7 +59,8 @@ def solve_head(trainer, prompts: int = PROMPTS) -> float:
         rollout = trainer.make_rollout(trainer._generate_and_score_completions(rows))
         with accelerator.autocast():
             own = visit_states(student, rollout.student, (), lambda *_: None)[0]
-            other = visit_states(teacher, rollout.teacher, (), lambda *_: None)[0]
+            with trainer.teacher_at_hand():
+                other = visit_states(teacher, rollout.teacher, (), lambda *_: None)[0]
         moments.update(rollout.output_pairs.of_student(own), rollout.output_pairs.of_teacher(other))
     trainer._metrics["eval"].clear()
     for name, tensor in moments.tensors().items():

@@ -7,7 +7,7 @@ the only one that touches their private methods, with `oprd._compat`.
 from __future__ import annotations
 
 import textwrap
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from oprd._compat import RepeatSampler, is_vllm_available, prepare_deepspeed
 from oprd.bridge import Bridge
 from oprd.evaluation import grade
 from oprd.objectives import position_weights, select_positions
-from oprd.states import Rollout, check_packed_attention, make_rollout, only, pack, use_packed_attention
+from oprd.states import Rollout, check_packed_attention, make_rollout, only, pack, tile_mlps, use_packed_attention
 from oprd.training import heads, microbatches, preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.meters import MemoryWatch, Meters, Stopwatch
@@ -172,6 +172,9 @@ class OPRDTrainer(DistillationTrainer):
         heads.freeze_and_report(
             self.model, teacher, self.objective, self.lm_head, why, head_alone=args.trainable == "head"
         )
+        tile_mlps(teacher)
+        if not tile_mlps(self.model, with_gradient=args.tile_mlp) and args.tile_mlp:
+            raise ValueError("tile_mlp would be ignored: the student's blocks have no plain MLP. Unset it.")
         if args.is_packed:
             for read in (self.model, teacher):
                 use_packed_attention(read)
@@ -328,7 +331,7 @@ class OPRDTrainer(DistillationTrainer):
             rollout = pack(rollout, suffix=self.args.gradient_scope == "suffix")
         started = self._stopwatch.now()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with self._offloaded.here() if self._offloaded else nullcontext():
+        with self.teacher_at_hand():
             targets = self._forward_redirection(self.teacher_model, teacher, self._teacher_states, teacher, rollout)
         self._stopwatch.seconds["teacher"] += self._stopwatch.now() - started
         student = self.accelerator.unwrap_model(model)
@@ -338,6 +341,10 @@ class OPRDTrainer(DistillationTrainer):
         self._meter.add(terms, sums)
         # The weights' denominators are global; DDP and the logged loss average over processes.
         return loss * self.accelerator.num_processes
+
+    def teacher_at_hand(self) -> AbstractContextManager[None]:
+        """Inside, the teacher's weights are where its forward needs them."""
+        return self._offloaded.here() if self._offloaded else nullcontext()
 
     def _teacher_states(self, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
         with self.accelerator.autocast():
