@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from benchmarks.update_step.peers import Method
-from benchmarks.update_step.swapping import Swap
+from benchmarks.update_step.swapping import Swap, swapped
 from benchmarks.update_step.workload import Batch, Models, Shape
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from oprd.models import decoder_layers
 from oprd.objectives import projection, select_positions, streaming
 from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
 from oprd.states.tiling import TILE
+from oprd.training import output_term
 from oprd.training.objective import Objective, student_loss, teacher_states
 
 LAST_K = 2000  # at the full shape
@@ -23,19 +24,22 @@ LAST_K = 2000  # at the full shape
 
 @dataclass(frozen=True)
 class Variant:
-    """``settings`` of `Objective`, whether only the last k positions count, and how the models read."""
+    """``settings`` of `Objective`, whether only the last k positions count, how the models read, and whether what is only
+    logged (cosines, entropies, overlap) is computed."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     last_k: bool = False
     packed: bool = True
     suffix: bool = False
     tiled: bool = False
+    metrics: bool = True
 
 
 OUTPUT = {"representation_weight": 0.0}
 VARIANTS: dict[str, Variant] = {
     "OPRD, padded": Variant(packed=False),
     "OPRD": Variant(),
+    "OPRD, no metrics": Variant(metrics=False),
     "OPRD, tiled MLP": Variant(tiled=True),
     "OPRD + head metric": Variant({"logit_weight": 1.0}),
     "OPRD last k, padded": Variant(last_k=True, packed=False),
@@ -44,6 +48,7 @@ VARIANTS: dict[str, Variant] = {
     "OPRD last k, suffix": Variant(last_k=True, suffix=True),
     "OPRD last k + head metric, suffix": Variant({"logit_weight": 1.0}, last_k=True, suffix=True),
     "top-16 renormalised": Variant({**OUTPUT, "output_loss": "top_k"}),
+    "top-16 renormalised, no metrics": Variant({**OUTPUT, "output_loss": "top_k"}, metrics=False),
     "top-16": Variant({**OUTPUT, "output_loss": "top_k", "top_k_renormalize": False}),
     "full KL": Variant({**OUTPUT, "output_loss": "full"}),
     "full KL, padded": Variant({**OUTPUT, "output_loss": "full"}, packed=False),
@@ -72,9 +77,23 @@ def rollout_of(batch: Batch, variant: Variant, shape: Shape) -> Rollout:
     return pack(rollout, suffix=variant.suffix) if variant.packed else rollout
 
 
-def loss(chosen: Objective, models: Models, rollout: Rollout) -> Tensor:
+def loss(chosen: Objective, metrics: bool, models: Models, rollout: Rollout) -> Tensor:
     targets = teacher_states(chosen, models.teacher, rollout)
-    return student_loss(chosen, models.student, models.teacher, rollout, targets)[0]
+    with swapped(*([] if metrics else without_metrics())):
+        return student_loss(chosen, models.student, models.teacher, rollout, targets)[0]
+
+
+def without_metrics() -> list[Swap]:
+    """Nothing is computed that no loss needs."""
+
+    def zeros(states_nd: Tensor, _: Tensor) -> Tensor:
+        return states_nd.new_zeros(len(states_nd), dtype=torch.float32)
+
+    return [
+        (streaming, "cosine_similarity", zeros),
+        (output_term, "cosine_similarity", zeros),
+        (output_term, "measured", lambda *_: {}),
+    ]
 
 
 def set_up(variant: Variant, shape: Shape, models: Models) -> None:
@@ -93,7 +112,7 @@ def ours(shape: Shape) -> dict[str, Method]:
     """Every row that is ours."""
     return {
         f"ours: {name}": Method(
-            partial(loss, chosen := objective(shape, **variant.settings)),
+            partial(loss, chosen := objective(shape, **variant.settings), variant.metrics),
             partial(rollout_of, variant=variant, shape=shape),
             set_up=partial(set_up, variant, shape),
             head_trains=chosen.uses_head,
