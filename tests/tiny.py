@@ -14,26 +14,54 @@ ARCHITECTURES = {
     "gemma2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}),
 }
 
+# Attention that is not plain: grouped heads, windows shorter than the rows, every second layer with one, experts, values
+# of another size than keys. For tests of attention; they take no part where every architecture does.
+ATTENTIONS = {
+    "grouped": ("LlamaConfig", {"num_attention_heads": 4}),
+    "windows": ("MistralConfig", {"sliding_window": 3}),
+    "windows in turn": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "experts": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "latent": (
+        "DeepseekV3Config",
+        {
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "first_k_dense_replace": 3,
+        },
+    ),
+}
+
 
 def tiny_model(architecture="qwen3", *, seed=0, layers=3, width=16, vocab_size=VOCAB, tied=False, dtype=torch.float32):
     """A causal LM of a few thousand parameters."""
-    name, extra = ARCHITECTURES[architecture]
+    name, extra = (ARCHITECTURES | ATTENTIONS)[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        **extra,
-    )
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    config = getattr(transformers, name)(**settings | extra)
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
 
 
@@ -58,6 +86,18 @@ def tiny_batch(*, padding="left", seed=1, lengths=((3, 5), (5, 2), (2, 7), (4, 4
         "completion_ids": completion_ids,
         "completion_mask": completion_mask,
     }
+
+
+def other_prompt(batch, shift=2):
+    """A teacher whose prompts are ``shift`` tokens longer, and which then reads the student's tokens."""
+    from oprd.states.views import TeacherText, close_gaps
+
+    rows, width = batch["completion_ids"].shape
+    ids = torch.cat([torch.full((rows, shift), 9), batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([torch.ones(rows, shift), batch["prompt_mask"], batch["completion_mask"]], 1).bool()
+    before = (batch["prompt_mask"].sum(1) + shift - 1).unsqueeze(1) + torch.arange(width)
+    nothing = torch.full((rows, 0, 4), -1)
+    return TeacherText(close_gaps(ids, mask), before, before + 1, before, torch.zeros_like(before), nothing)
 
 
 def reference_states(model, row_ids):

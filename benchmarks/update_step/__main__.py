@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", help="default: the shape's")
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--time-only", action="store_true", help="on a CPU, do not count memory")
     options.add_argument("--num-rollouts", type=int, help="default: the shape's")
     options.add_argument("--seed", type=int, default=0, help="of the rollouts")
     options.add_argument("--rollouts", type=Path, help="a file to read; default: made and kept beside --out")
@@ -100,6 +101,7 @@ def run_all(options: argparse.Namespace) -> list[dict]:
                 "device": options.device,
                 "dtype": options.dtype,
                 "repeats": options.repeats,
+                "time_only": options.time_only,
                 "rollouts": None if options.count else str(options.rollouts.resolve()),
             }
             if options.count:
@@ -153,7 +155,8 @@ def summary(row: dict) -> str:
         if key in row:
             return f"{row['method']}: {key}: {row[key]}"
     seconds = f"{row['seconds_median']:.2f} s, " if "seconds_median" in row else ""
-    return f"{row['method']}, micro-batch {row['microbatch']}: {seconds}peak {row['peak_bytes'] / 1e9:.3f} GB"
+    peak = "" if row["peak_bytes"] is None else f"peak {row['peak_bytes'] / 1e9:.3f} GB"
+    return f"{row['method']}, micro-batch {row['microbatch']}: {seconds}{peak}"
 
 
 if __name__ == "__main__":

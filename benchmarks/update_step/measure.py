@@ -44,6 +44,7 @@ class Setting:
     dtype: str | None = None
     repeats: int = 3
     rollouts: str | None = None
+    time_only: bool = False
 
 
 def methods(shape: Shape) -> dict[str, Method]:
@@ -64,7 +65,8 @@ def run(setting: Setting) -> dict[str, Any]:
     """One warm-up, ``repeats`` timed updates of the whole batch, and the peak above what was there before.
 
     Gradients exist beforehand, as after the first micro-batch of a step. On a CPU the peak is counted, in an update of its
-    own that is not timed and whose tiles shrink with the shape; times are with everybody's own tiles.
+    own that is not timed and whose tiles shrink with the shape; times are with everybody's own tiles. ``time_only`` leaves
+    that out, and warms up on the first micro-batch alone.
     """
     shape = SHAPES[setting.shape]
     method = methods(shape)[setting.method]
@@ -84,26 +86,28 @@ def run(setting: Setting) -> dict[str, Any]:
     method.set_up(models)
     have_gradients(models.student)
 
-    def update() -> float:
+    def update(number: int | None = None) -> float:
         total = 0.0
-        for batch in batches:
+        for batch in batches[:number]:
             loss = method.loss(models, method.prepare(batch))
             loss.backward()
             total += loss.detach()
         return float(total)
 
-    loss = update()  # warm-up, and waits for the device
+    loss = update(1 if setting.time_only else None)  # warm-up, and waits for the device
     seconds, processor = [], []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     for _ in range(setting.repeats):
         started = time.perf_counter(), time.process_time()
-        update()
+        loss = update()
         seconds.append(time.perf_counter() - started[0])
         processor.append(time.process_time() - started[1])
     if device.type == "cuda":
         peak, held = torch.cuda.max_memory_allocated() - before, []
+    elif setting.time_only:
+        peak, held = None, []
     else:
         gc.collect()
         with swapped(*peer_tiles(shape), *our_chunks(shape)), LiveBytes() as memory:

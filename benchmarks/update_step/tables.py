@@ -65,7 +65,7 @@ def table(rows: list[dict]) -> str:
         if first["phase"] == "end to end":
             generation = row.get("generation_seconds")
             cells += ["n/a" if generation is None else f"{generation + row['seconds_median']:.2f}"]
-        cells += [amount(row["peak_bytes"])]
+        cells += ["n/a" if row["peak_bytes"] is None else amount(row["peak_bytes"])]
         cells += [ratio(row, by_name.get(base), "peak_bytes") for base in BASES]
         lines.append(row_of(cells))
     return "\n".join(lines)
@@ -80,4 +80,4 @@ def amount(size: int) -> str:
 
 
 def ratio(row: dict, base: dict | None, key: str) -> str:
-    return f"{row[key] / base[key]:.2f}" if base is not None and base.get(key) else "n/a"
+    return f"{row[key] / base[key]:.2f}" if base is not None and base.get(key) and row[key] is not None else "n/a"

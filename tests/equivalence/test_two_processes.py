@@ -23,6 +23,27 @@ CASES = {
     },
     "through a bridge": {"other": "shape", "lm_head": "keep"},
     "another tokenizer, bridge and prefix marginals": {"other": "tokenizer", "output_loss": "top_k"},
+    "packed, another tokenizer: prompts move with their rows": {
+        "other": "tokenizer",
+        "output_loss": "top_k",
+        "max_tokens_per_microbatch": 26,
+        "gradient_accumulation_steps": 2,
+    },
+    "packed, the head and the last block get no gradient": {
+        "max_tokens_per_microbatch": 22,
+        "logit_weight": 0,
+        "lm_head": "keep",
+        "layers": [2],
+    },
+    "packed suffixes": {
+        "max_tokens_per_microbatch": 22,
+        "gradient_scope": "suffix",
+        "output_loss": "full",
+        "positions": "last_k",
+        "position_k": 2,
+        "reduction": "token",
+        "answers": [str(n) for n in range(16)],
+    },
 }
 
 
@@ -52,5 +73,20 @@ def test_two_processes_equal_one(runs, case):
     assert (one["processes"], two["processes"]) == (1, 2)
     for name, weights in one["weights"].items():
         assert two["weights"][name] == pytest.approx(weights, abs=5e-6), name
-    for key in one.keys() - {"weights", "processes"}:
+    for key in one.keys() - {"weights", "processes", "counts"}:
         assert two[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_processes_share_the_rows_and_go_in_step(runs):
+    """Rows are dealt out by length; where one process has fewer micro-batches than another, it cuts further."""
+    uneven = 0
+    for case, settings in CASES.items():
+        (one,), two = (run[case]["counts"] for run in runs)
+        assert one["passes"] == one["own"]
+        assert two[0]["passes"] == two[1]["passes"] >= max(process["own"] for process in two)
+        if "max_tokens_per_microbatch" in settings:
+            assert two[0]["passes"] < one["passes"]
+        else:
+            assert two[0]["passes"] == one["passes"] == 3
+        uneven += two[0]["own"] != two[1]["own"]
+    assert uneven

@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 
+from oprd.states import fill
+from oprd.training import microbatches
 from tiny import PROMPTS, WIDE, canned_trainer, logged, merged_tokenizer, random_bridge, tiny_model
 
 KEYS = (
@@ -35,6 +38,26 @@ def other_teacher(kind):
     return {"teacher": teacher, "trainer_kwargs": extra | {"teacher_processing_class": tokenizer}}
 
 
+def count_passes(trainer):
+    """Micro-batches that run from now on, and how many there would be if no other process had more."""
+    counts = {"passes": 0, "own": 0}
+    of_part, prepare = trainer._micro_batch_loss, trainer._prepare_inputs
+
+    def watched(model, part):
+        counts["passes"] += 1
+        return of_part(model, part)
+
+    def prepared(batch):
+        ready = prepare(batch)
+        if not isinstance(ready, microbatches.MicroBatch):
+            lengths = microbatches.lengths_of(ready).tolist()
+            counts["own"] += len(fill(lengths, trainer.args.max_tokens_per_microbatch or sum(lengths)))
+        return ready
+
+    trainer._micro_batch_loss, trainer._prepare_inputs = watched, prepared
+    return counts
+
+
 def main(out, size, cases):
     torch.set_num_threads(1)
     results = {}
@@ -44,12 +67,19 @@ def main(out, size, cases):
         if "other" in settings:
             settings |= other_teacher(settings.pop("other"))
         trainer = canned_trainer(out, per_device_train_batch_size=size, max_steps=3, **settings)
+        counts = count_passes(trainer)
         trainer.train()
+        everyone = gather_object([counts])
         trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:8]}))
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {key: p.detach().flatten().tolist() for key, p in model.named_parameters()}
         processes = trainer.accelerator.num_processes
-        results[name] = {"processes": processes, "weights": weights, **{key: logged(trainer, key) for key in KEYS}}
+        results[name] = {
+            "processes": processes,
+            "counts": everyone,
+            "weights": weights,
+            **{key: logged(trainer, key) for key in KEYS},
+        }
     if trainer.accelerator.is_main_process:
         Path(out, "result.json").write_text(json.dumps(results))
 

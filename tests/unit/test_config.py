@@ -1,6 +1,7 @@
 from dataclasses import fields
 
 import pytest
+import torch
 import yaml
 from transformers import SchedulerType
 
@@ -8,6 +9,7 @@ from oprd import OPRDConfig
 from oprd.training.config import parse_layers
 from oprd.training.objective import Objective
 from oprd.training.options import CHOICES, HELP
+from oprd.training.teacher import check_settings, load_teacher
 
 
 @pytest.fixture
@@ -41,6 +43,12 @@ def test_defaults(make):
         "lm_head": "auto",
         "responses_per_prompt": 1,
         "max_prompt_length": None,
+        "max_tokens_per_microbatch": None,
+        "gradient_scope": "full",
+        "tile_mlp": False,
+        "offload_targets": False,
+        "offload_teacher": False,
+        "teacher_load_in_8bit": False,
     }
     assert (config.learning_rate, config.warmup_steps, config.beta) == (1e-5, 0.03, 1.0)
     assert config.lr_scheduler_type == SchedulerType.COSINE
@@ -68,7 +76,9 @@ def test_negative_weights(make, name):
         make(**{name: -0.5})
 
 
-@pytest.mark.parametrize("name", ["position_k", "output_top_k", "responses_per_prompt"])
+@pytest.mark.parametrize(
+    "name", ["position_k", "output_top_k", "responses_per_prompt", "max_prompt_length", "max_tokens_per_microbatch"]
+)
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_below_one(make, name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
@@ -154,6 +164,7 @@ def test_the_objective_carries_every_setting(make):
         "top_k_support": "union",
         "top_k_renormalize": False,
         "temperature": 0.75,
+        "offload_targets": True,
     }
     defaults = {field.name: field.default for field in fields(Objective)}
     assert all(value != defaults[name] for name, value in chosen.items())
@@ -205,6 +216,14 @@ def test_max_prompt_length_of_zero(tmp_path):
         ),
         ({"trainable": "head"}, "trainable: head needs a term that reaches the LM head"),
         ({"trainable": "head", "output_loss": "full", "lm_head": "freeze"}, "leave nothing to train"),
+        (
+            {"trainable": "head", "output_loss": "full", "gradient_scope": "suffix"},
+            "gradient_scope would be ignored .trainable: head",
+        ),
+        (
+            {"representation_weight": 0, "logit_weight": 1.0, "offload_targets": True},
+            "offload_targets would be ignored .representation_weight is 0",
+        ),
         ({"min_paired_share": 1.5}, "min_paired_share must lie in 0..1"),
         ({"position_k": 5}, "position_k would be ignored .positions: all takes no k"),
     ],
@@ -212,3 +231,72 @@ def test_max_prompt_length_of_zero(tmp_path):
 def test_settings_that_would_be_ignored(tmp_path, settings, named):
     with pytest.raises(ValueError, match=named):
         OPRDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "packed"),
+    [
+        ({}, False),
+        ({"max_tokens_per_microbatch": 1}, True),
+        ({"gradient_scope": "suffix"}, True),
+        ({"offload_targets": True, "offload_teacher": True}, False),
+    ],
+    ids=str,
+)
+def test_when_rows_are_packed(make, settings, packed):
+    assert make(**settings).is_packed is packed
+
+
+@pytest.mark.parametrize(
+    ("settings", "installed", "is_path", "told"),
+    [
+        ({"teacher_load_in_8bit": True}, False, True, 'needs bitsandbytes: pip install "oprd.quantized."'),
+        ({"teacher_load_in_8bit": True}, True, False, "teacher_load_in_8bit would be ignored: the teacher is already"),
+        ({"teacher_model_revision": "x"}, True, False, "would be ignored: the teacher is already a model"),
+        ({"teacher_load_in_8bit": True, "offload_teacher": True}, True, True, "unset offload_teacher or teacher_load"),
+        (
+            {"teacher_load_in_8bit": True, "teacher_model_init_kwargs": {"quantization_config": {"bits": 4}}},
+            True,
+            True,
+            "quantised twice",
+        ),
+        ({"offload_teacher": True, "fsdp": "full_shard"}, True, True, "FSDP places the teacher's weights itself"),
+    ],
+    ids=str,
+)
+def test_weights_of_the_teacher_that_cannot_be(make, monkeypatch, settings, installed, is_path, told):
+    monkeypatch.setattr("oprd.training.teacher.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ValueError, match=told):
+        check_settings(make(**settings), is_path=is_path)
+
+
+@pytest.mark.parametrize("is_path", [True, False])
+def test_weights_of_the_teacher_that_can_be(make, monkeypatch, is_path):
+    monkeypatch.setattr("oprd.training.teacher.find_spec", lambda name: object())
+    check_settings(make(offload_teacher=True), is_path=is_path)
+    check_settings(make(), is_path=is_path)
+    if is_path:
+        check_settings(make(teacher_load_in_8bit=True, teacher_model_init_kwargs={"dtype": "bfloat16"}), is_path=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "device_map"),
+    [({}, 1, "not given"), ({"offload_teacher": True}, 1, None), ({}, 2, None)],
+    ids=str,
+)
+def test_where_a_teacher_is_loaded(make, monkeypatch, settings, processes, device_map):
+    """One that waits in main memory, or is one process's own, is not split over devices."""
+    asked = {}
+    monkeypatch.setattr("oprd.training.teacher.create_model_from_path", lambda path, **kwargs: asked.update(kwargs))
+    load_teacher("there", make(**settings), torch.bfloat16, processes)
+    assert asked.get("device_map", "not given") == device_map
+    assert asked["dtype"] == torch.bfloat16
+    assert "quantization_config" not in asked
+
+
+def test_a_teacher_of_8_bits_keeps_its_head(make, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("oprd.training.teacher.create_model_from_path", lambda path, **kwargs: asked.update(kwargs))
+    load_teacher("there", make(teacher_load_in_8bit=True), torch.float32, 1)
+    assert asked["quantization_config"].load_in_8bit
+    assert asked["quantization_config"].llm_int8_skip_modules == ["lm_head"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from oprd.objectives import logit_mse_loss
+from oprd.objectives import head_grams, head_metric, logit_mse_loss
 
 BATCH, TIME, VOCAB = 4, 8, 23
 
@@ -81,3 +81,62 @@ def test_near_agreement_nothing_cancels():
     exact = logit_mse_loss(moved, states, one, head, other)
     single = logit_mse_loss(*(x.float() for x in (moved, states)), one, *(x.float() for x in (head, other)))
     assert single.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def gram_setting(own_width, other_width, dtype, other_dtype=None):
+    own = (torch.randn(VOCAB, own_width) + 1).to(dtype).requires_grad_()
+    return own, (torch.randn(VOCAB, other_width) - 0.5).to(other_dtype or dtype)
+
+
+def plain_grams(own, other):
+    """The three products of whole centred heads."""
+    dtype = torch.promote_types(torch.promote_types(own.dtype, other.dtype), torch.float32)
+    own, other = (head.to(dtype) - head.to(dtype).mean(0) for head in (own, other))
+    b = own - other if own.shape == other.shape else -other
+    return own.T @ own / VOCAB, own.T @ b / VOCAB, b.T @ b / VOCAB
+
+
+@pytest.mark.parametrize("tile", [1, 5, 1000], ids=lambda tokens: f"tiles of {tokens}")
+@pytest.mark.parametrize(
+    ("dtype", "other_dtype"),
+    [
+        (torch.float64, None),
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("own_width", "other_width"), [(6, 6), (6, 9), (9, 4)])
+def test_tiled_grams_equal_whole_ones(monkeypatch, own_width, other_width, dtype, other_dtype, tile):
+    """Values, and the gradient under any gradient of each product: none of the three need be symmetric there."""
+    monkeypatch.setattr(head_metric, "TILE_BYTES", 4 * own_width * tile)
+    own, other = gram_setting(own_width, other_width, dtype, other_dtype)
+    grams, slow = head_grams(own, other), plain_grams(own, other)
+    assert grams.of_differences is (own_width == other_width)
+    directions = [torch.randn_like(product) for product in slow]
+    close = {"atol": 1e-10, "rtol": 1e-8} if dtype == torch.float64 else {"atol": 1e-5, "rtol": 1e-4}
+    for ours, twin in zip(grams[:3], slow, strict=True):
+        torch.testing.assert_close(ours, twin, **close)
+    for chosen in ([0], [1], [2], [0, 1, 2]):
+        ours, twin = (
+            torch.autograd.grad(sum((g[i] * directions[i]).sum() for i in chosen), own, retain_graph=True)[0]
+            if chosen != [2] or grams.of_differences
+            else torch.zeros(())
+            for g in (grams, slow)
+        )
+        assert ours.dtype == twin.dtype
+        rounded = {"atol": 1e-3, "rtol": 1e-2} if dtype == torch.bfloat16 else close
+        torch.testing.assert_close(ours, twin, **rounded)
+
+
+@pytest.mark.parametrize(("own_width", "other_width"), [(6, 6), (6, 9)])
+def test_grams_keep_the_heads_and_no_copy_of_them(own_width, other_width):
+    own, other = gram_setting(own_width, other_width, torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        grams = head_grams(own, other)
+    assert {x.data_ptr() for x in kept} == {own.data_ptr(), other.data_ptr()}
+    assert grams.own.requires_grad
+    assert not head_grams(own.detach(), other).own.requires_grad

@@ -349,6 +349,26 @@ def test_no_room_for_a_response():
     fit([3, 6, 6], context=10)
 
 
+def test_a_row_fits_a_micro_batch():
+    dataset = dataset_of("w", "x", "y", "z")
+
+    def of(budget, **more):
+        settings = {"context": None, "max_prompt_length": None, "max_completion_length": 4} | more
+        return fit_prompts(dataset, [5, 3, 9, 8], max_tokens_per_microbatch=budget, **settings)
+
+    told = r"row 3: a prompt of 9 tokens and a response of 4 do not fit max_tokens_per_microbatch=11 \(2 such rows\)\. "
+    with pytest.raises(
+        ValueError, match=told + "Set it to at least 13, or lower max_completion_length or max_prompt_l"
+    ):
+        of(11)
+    assert len(of(13)) == len(of(None)) == 4
+    with pytest.raises(ValueError, match=r"row 4: .* \(1 such rows\)\. Set it to at least 12"):
+        of(11, max_prompt_length=8)
+    assert len(of(11, max_prompt_length=7)) == 2
+    with pytest.raises(ValueError, match="do not fit the context of 12"):  # no budget helps there
+        of(11, context=12)
+
+
 def test_nothing_left():
     with pytest.raises(ValueError, match="max_prompt_length=2 drops every prompt; the shortest has 3"):
         fit([3, 5], longest=2)

@@ -77,11 +77,12 @@ class Counts(NamedTuple):
     tokens_supervised: int
 
 
-def layout(shapes: Shapes, objective: Objective) -> Rollout:
+def layout(shapes: Shapes, objective: Objective, device: str = "cpu") -> Rollout:
     """The rollout of a micro-batch with these lengths, on real index tensors (a few bytes a token)."""
     prompts, responses = zip(*shapes.rows, strict=True)
     prompt_mask, completion_mask = (
-        torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1) for lengths in (prompts, responses)
+        torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        for lengths in (prompts, responses)
     )
     supervised = select_positions(completion_mask, shapes.positions, shapes.position_k)
     rollout = make_rollout(
@@ -101,12 +102,15 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
     """Teacher forward, student forward and backward, with gradients already there from a micro-batch before."""
     rollout = layout(shapes, objective)
     mode = FakeTensorMode()
-    with mode:
+    with torch.device("meta"):  # nothing is initialised
         student, teacher = (_model(config, shapes) for config in (shapes.student, shapes.teacher))
         teacher.requires_grad_(False).eval()
         tile_mlps(teacher)
         tile_mlps(student, with_gradient=shapes.tile_mlp)
         student = _prepared(student, shapes, objective)
+    with mode:
+        for model in (student, teacher):
+            _take_shape(model)
         trained = [p for p in student.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -192,6 +196,22 @@ def _model(config: PretrainedConfig, shapes: Shapes) -> nn.Module:
     if shapes.is_packed:
         use_packed_attention(model)
     return model
+
+
+def _take_shape(model: nn.Module) -> None:
+    """Fake tensors on the CPU in place of those on the meta device, shared ones once."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_weight = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            held.update({name: fake(value) for name, value in held.items() if isinstance(value, Tensor)})
 
 
 def _prepared(student: nn.Module, shapes: Shapes, objective: Objective) -> nn.Module:

@@ -7,7 +7,7 @@ the only one that touches their private methods, with `oprd._compat`.
 from __future__ import annotations
 
 import textwrap
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -175,17 +175,16 @@ class OPRDTrainer(DistillationTrainer):
         tile_mlps(teacher)
         if not tile_mlps(self.model, with_gradient=args.tile_mlp) and args.tile_mlp:
             raise ValueError("tile_mlp would be ignored: the student's blocks have no plain MLP. Unset it.")
-        if args.is_packed:
-            for read in (self.model, teacher):
-                use_packed_attention(read)
-                if not self.is_fsdp_enabled:
-                    check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
+        for read in (self.model, teacher) if args.is_packed else ():
+            use_packed_attention(read)
+            if not self.is_fsdp_enabled:
+                check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
         else:
             where = {"device_placement": False} if args.offload_teacher else {}
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True, **where)
-        self._offloaded = Offloaded(teacher, self.accelerator.device) if args.offload_teacher else None
+        self.teacher_at_hand = Offloaded(teacher, self.accelerator.device).here if args.offload_teacher else nullcontext
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
         self._stopwatches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
@@ -325,8 +324,7 @@ class OPRDTrainer(DistillationTrainer):
 
     def _micro_batch_loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Teacher, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
-        uses = {"states": self.objective.uses_states, "outputs": self.objective.uses_output}
-        rollout = only(self.make_rollout(batch), **uses)
+        rollout = only(self.make_rollout(batch), states=self.objective.uses_states, outputs=self.objective.uses_output)
         if self.args.is_packed:
             rollout = pack(rollout, suffix=self.args.gradient_scope == "suffix")
         started = self._stopwatch.now()
@@ -341,10 +339,6 @@ class OPRDTrainer(DistillationTrainer):
         self._meter.add(terms, sums)
         # The weights' denominators are global; DDP and the logged loss average over processes.
         return loss * self.accelerator.num_processes
-
-    def teacher_at_hand(self) -> AbstractContextManager[None]:
-        """Inside, the teacher's weights are where its forward needs them."""
-        return self._offloaded.here() if self._offloaded else nullcontext()
 
     def _teacher_states(self, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
         with self.accelerator.autocast():
