@@ -121,6 +121,8 @@ def test_peak_is_the_worst_of_three_moments():
     )  # keys and values, layers, heads, size, bytes, tokens
     kept = plan(CONFIG, **shaped, in_vllm=0.25, gpu=8 * GB)
     assert kept.peak == pytest.approx(small.peak + 2 * GB, rel=0.01)
+    asleep = plan(CONFIG, **shaped, in_vllm=0.25, gpu=8 * GB, vllm_sleeps=True)
+    assert asleep.peak == always + small.teacher + 2 * GB
 
 
 def test_what_saves_memory_saves_what_it_should():
@@ -128,13 +130,21 @@ def test_what_saves_memory_saves_what_it_should():
     before = plan(CONFIG, **shaped)
     offloaded = plan(CONFIG, **shaped, objective={"offload_targets": True})
     assert offloaded.targets == before.targets - before.counts.targets_by_layer
-    assert plan(CONFIG, **shaped, optim="adamw_8bit").optimizer == before.optimizer / 4
+    assert plan(CONFIG, **shaped, optim="adamw_torch_8bit").optimizer == before.optimizer / 4
+    eight_bits = plan(CONFIG, **shaped, optim="adamw_8bit").optimizer
+    assert eight_bits == before.optimizer / 4 + 6 * 2048 * 64  # bitsandbytes keeps those of embeddings in 32 bits
+    assert plan(CONFIG, **shaped, optim="lion_8bit").optimizer == eight_bits / 2
     assert plan(CONFIG, **shaped, optim="sgd").optimizer == 0
     away = plan(CONFIG, **shaped, offload_teacher=True)
-    assert away.teacher == before.teacher - before.counts.teacher_backbone
+    assert away.teacher == 4 * 2048 * 64  # its head stays
+    tied = Qwen2Config(**{**CONFIG.to_dict(), "tie_word_embeddings": True})
+    assert plan(tied, **shaped, offload_teacher=True).teacher == 4 * 2048 * 64  # and so do embeddings that are the head
     assert away.peak < before.peak
     eight = plan(CONFIG, **shaped, teacher_in_8bit=True)
     assert eight.teacher == before.teacher - 3 * before.counts.teacher_linear
+    half = plan(CONFIG, **shaped, teacher_dtype=torch.bfloat16)
+    assert (half.teacher, half.student) == (pytest.approx(before.teacher / 2, rel=1e-3), before.student)
+    assert plan(CONFIG, **shaped, processes=4).gradients == 2 * before.gradients  # DDP's buckets
     split = plan(CONFIG, **shaped, processes=4, sharding="zero2")
     assert (split.student, split.optimizer) == (before.student, before.optimizer / 4)
     assert plan(CONFIG, **shaped, processes=4, sharding="fsdp").student == before.student / 4

@@ -20,7 +20,12 @@ OPTIMIZER_BYTES = {  # of state per trainable byte; whatever is not named here i
     "adafactor": 0.0,
     "sgd": 0.0,
     "lion_32bit": 1.0,
+    "paged_lion_32bit": 1.0,
+    "rmsprop": 1.0,
+    "rmsprop_bnb": 1.0,
+    "adagrad": 1.0,
 }
+ONE_STATE = ("lion", "rmsprop")  # of one number for each parameter
 SHARDING = ("none", "zero2", "fsdp")
 
 
@@ -29,7 +34,7 @@ class Setup:
     """One way to run an update: shapes, objective, and who holds what.
 
     ``rows_generated``: responses that a process samples at once, of ``rows``' longest. ``in_vllm``: share of the GPU that vLLM
-    keeps; None where transformers generates.
+    keeps, asleep during the update with ``vllm_sleeps``; None where transformers generates.
     """
 
     shapes: Shapes
@@ -39,6 +44,7 @@ class Setup:
     sharding: str = "none"
     rows_generated: int = 1
     in_vllm: float | None = None
+    vllm_sleeps: bool = False
     offload_teacher: bool = False
     teacher_in_8bit: bool = False
 
@@ -61,14 +67,19 @@ class Plan:
 
     @property
     def gradients(self) -> float:
-        return self._split(self.counts.gradients, "fsdp", "zero2")
+        """With several processes and no sharding DDP's buckets hold them once more."""
+        copies = 2 if self.setup.processes > 1 and self.setup.sharding == "none" else 1
+        return copies * self._split(self.counts.gradients, "fsdp", "zero2")
 
     @property
     def optimizer(self) -> float:
         """State of the optimiser."""
         name = self.setup.optim
+        states = 1.0 if any(part in name for part in ONE_STATE) else 2.0
         if "8bit" in name:
-            size = self.counts.trainable * (1.0 if "lion" in name else 2.0)
+            size = self.counts.trainable * states
+            if not name.startswith("adamw_torch"):  # bitsandbytes keeps those of embeddings in 32 bits
+                size += self.counts.embeddings * states * 3
         else:
             size = self.counts.gradients * OPTIMIZER_BYTES.get(name, 2.0)
         return self._split(size, "fsdp", "zero2")
@@ -78,7 +89,7 @@ class Plan:
         """The teacher's weights while the student runs, and the bridge."""
         size = self._teacher_whole
         if self.setup.offload_teacher:
-            size = self.counts.teacher - self.counts.teacher_backbone
+            size = self.counts.teacher_head
         return size + self.counts.bridge
 
     @property
@@ -99,7 +110,7 @@ class Plan:
         shapes, config = self.setup.shapes, self.setup.shapes.student.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = (shapes.autocast or shapes.dtype).itemsize
+        width = shapes.dtype.itemsize  # autocast leaves the cache in the weights' precision
         longest = max(map(sum, shapes.rows))
         return float(2 * config.num_hidden_layers * heads * size * width * longest * self.setup.rows_generated)
 
@@ -107,12 +118,12 @@ class Plan:
     def peak(self) -> float:
         """Bytes at the worst moment."""
         always = self.student + self.optimizer
-        kept = self.setup.in_vllm is not None
+        kept = self.setup.in_vllm is not None and not self.setup.vllm_sleeps
         vllm = self.generation if kept else 0.0
         teacher = self._teacher_whole + self.counts.bridge
         moments = [
             self.teacher + (0.0 if kept else self.generation),
-            self.gradients + teacher + self.counts.teacher_rise + self._gathered(self.counts.teacher),
+            self.gradients + teacher + self.counts.teacher_rise,
             self.gradients + self.teacher + self.targets + self.activations,
         ]
         return always + vllm + max(moments)
@@ -154,8 +165,9 @@ class Plan:
     def _teacher_whole(self) -> float:
         size = self.counts.teacher
         if self.setup.teacher_in_8bit:
-            size -= self.counts.teacher_linear * (self.setup.shapes.dtype.itemsize - 1)
-        return self._split(size, "fsdp")
+            dtype = self.setup.shapes.teacher_dtype or self.setup.shapes.dtype
+            size -= self.counts.teacher_linear * (dtype.itemsize - 1)
+        return float(size)  # each GPU has all of it, also where the student is sharded
 
 
 def _short(value: float) -> float:

@@ -79,7 +79,8 @@ def setup_of(
     longest = prompt_tokens + args.max_completion_length
     rows = _rows(args.max_tokens_per_microbatch, args.per_device_train_batch_size, prompt_tokens, longest)
     notes.append(f"every response as long as it may be, {args.max_completion_length} tokens")
-    dtype = getattr(torch, model.dtype or "float32") if model.dtype != "auto" else own.dtype or torch.float32
+    dtype = _dtype((args.model_init_kwargs or {}).get("dtype") or model.dtype or "float32", own)
+    teacher_dtype = _dtype((args.teacher_model_init_kwargs or {}).get("dtype") or dtype, other)
     half = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else None
     shapes = Shapes(
         student,
@@ -91,6 +92,7 @@ def setup_of(
         gradient_scope=args.gradient_scope,
         is_packed=args.is_packed,
         dtype=dtype,
+        teacher_dtype=teacher_dtype,
         autocast=half if half != dtype else None,
         gradient_checkpointing=args.gradient_checkpointing,
         lm_head="teacher" if adopted else "freeze" if args.lm_head == "freeze" else "keep",
@@ -98,6 +100,7 @@ def setup_of(
         tile_mlp=args.tile_mlp,
         peft=get_peft_config(model),
         bridge_rank=rank,
+        on_gpu=True,
     )
     colocated = args.use_vllm and args.vllm_mode == "colocate"
     served = args.use_vllm and not colocated
@@ -109,10 +112,17 @@ def setup_of(
         sharding=sharding,
         rows_generated=0 if served else args.per_device_train_batch_size * args.gradient_accumulation_steps,
         in_vllm=args.vllm_gpu_memory_utilization if colocated else None,
+        vllm_sleeps=args.vllm_enable_sleep_mode,
         offload_teacher=args.offload_teacher,
         teacher_in_8bit=args.teacher_load_in_8bit,
     )
     return setup, notes
+
+
+def _dtype(name: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    return config.dtype or torch.float32 if name == "auto" else getattr(torch, name)
 
 
 class _Through:
@@ -206,7 +216,7 @@ def remedies(setup: Setup, gpu: float) -> Iterator[tuple[str, Plan]]:
         suffix = {"gradient_scope": "suffix", "is_packed": True, "positions": "last_k", "position_k": k}
         changing[f"gradient_scope: suffix, positions: last_k, position_k: {k}"] = {"shapes": suffix}
     if setup.sharding != "fsdp":
-        changing["FSDP2 on 8 GPUs (accelerate config)"] = {"sharding": "fsdp", "processes": 8, "offload_teacher": False}
+        changing["the student under FSDP2 on 8 GPUs"] = {"sharding": "fsdp", "processes": 8, "offload_teacher": False}
     for text, change in (exact | changing).items():
         yield text, plan_setup(_changed(setup, change), gpu)
     if len(exact) > 1:

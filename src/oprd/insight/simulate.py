@@ -6,8 +6,8 @@ What is counted is what that code allocates, so a plan cannot drift away from it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from oprd import models
 from oprd.insight.live_bytes import LiveBytes
-from oprd.objectives import map_layers, position_weights, select_positions
+from oprd.objectives import map_layers, position_weights, projection, select_positions
 from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
 from oprd.training.objective import Objective, student_loss, teacher_states
 
@@ -28,8 +28,9 @@ from oprd.training.objective import Objective, student_loss, teacher_states
 class Shapes:
     """What an update's size depends on, beside the objective.
 
-    ``rows``: prompt and response tokens of each response of the micro-batch. ``dtype``: of both models' weights, ``autocast``
-    of the forward (None: that of the weights). ``lm_head``: as settled, not ``auto``.
+    ``rows``: prompt and response tokens of each response of the micro-batch. ``dtype``: of the student's weights and, unless
+    ``teacher_dtype`` says otherwise, of the teacher's; ``autocast`` of the forward (None: that of the weights). ``lm_head``: as
+    settled, not ``auto``. ``on_gpu``: chunks of logits are as large as they are there.
     """
 
     student: PretrainedConfig
@@ -41,6 +42,7 @@ class Shapes:
     gradient_scope: str = "full"
     is_packed: bool = False
     dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
     gradient_checkpointing: bool = True
     lm_head: str = "keep"
@@ -48,13 +50,15 @@ class Shapes:
     tile_mlp: bool = False
     peft: Any = None
     bridge_rank: int | None = None
+    on_gpu: bool = False
 
 
 class Counts(NamedTuple):
     """Bytes, FLOPs and tokens of one micro-batch's update.
 
     ``student``, ``teacher``, ``gradients``: what they hold, ``trainable`` of it in parameters; ``teacher_linear``: parameters in
-    linear maps of the teacher's backbone. ``targets``: the teacher's states while the student runs, ``targets_by_layer`` of it
+    linear maps of the teacher's backbone; ``teacher_head``: bytes of its head; ``embeddings``: trainable parameters of input
+    embeddings. ``targets``: the teacher's states while the student runs, ``targets_by_layer`` of it
     what a layer is compared with. ``teacher_rise``, ``student_rise``: the most bytes that either forward (and backward) had
     alive above all that.
     """
@@ -63,6 +67,8 @@ class Counts(NamedTuple):
     teacher: int
     teacher_backbone: int
     teacher_linear: int
+    teacher_head: int
+    embeddings: int
     gradients: int
     trainable: int
     bridge: int
@@ -103,7 +109,13 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
     rollout = layout(shapes, objective)
     mode = FakeTensorMode()
     with torch.device("meta"):  # nothing is initialised
-        student, teacher = (_model(config, shapes) for config in (shapes.student, shapes.teacher))
+        student, teacher = (
+            _model(config, shapes, dtype)
+            for config, dtype in (
+                (shapes.student, shapes.dtype),
+                (shapes.teacher, shapes.teacher_dtype or shapes.dtype),
+            )
+        )
         teacher.requires_grad_(False).eval()
         tile_mlps(teacher)
         tile_mlps(student, with_gradient=shapes.tile_mlp)
@@ -120,7 +132,7 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
         if shapes.bridge_rank is not None:
             maps = _Maps(shapes.student, shapes.teacher, shapes.bridge_rank)
             objective = dataclasses.replace(objective, bridge=maps)
-        with _Flops() as flops:
+        with _Flops() as flops, _chunks(shapes.on_gpu):
             with LiveBytes() as before, precision:
                 targets = teacher_states(objective, teacher, rollout)
             with LiveBytes() as memory:
@@ -132,6 +144,10 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
         teacher=_bytes([*teacher.parameters(), *teacher.buffers()]),
         teacher_backbone=_bytes([*models.backbone_of(teacher).parameters()]),
         teacher_linear=sum(m.weight.numel() for m in models.backbone_of(teacher).modules() if isinstance(m, nn.Linear)),
+        teacher_head=_bytes([*models.causal_lm(teacher).get_output_embeddings().parameters()]),
+        embeddings=sum(
+            p.numel() for p in models.causal_lm(student).get_input_embeddings().parameters() if p.requires_grad
+        ),
         gradients=_bytes([p.grad for p in trained]),
         trainable=sum(p.numel() for p in trained),
         bridge=0 if maps is None else maps.bytes,
@@ -190,8 +206,19 @@ class _Maps:
         return (states.float() - 0.0) @ self._teacher[layer - 1].T
 
 
-def _model(config: PretrainedConfig, shapes: Shapes) -> nn.Module:
-    model = AutoModelForCausalLM.from_config(config, dtype=shapes.dtype)
+@contextmanager
+def _chunks(on_gpu: bool) -> Iterator[None]:
+    """Chunks of logits as on a GPU, though the tensors say CPU."""
+    before = projection.CPU_COPY_BYTES
+    projection.CPU_COPY_BYTES = projection.COPY_BYTES if on_gpu else before
+    try:
+        yield
+    finally:
+        projection.CPU_COPY_BYTES = before
+
+
+def _model(config: PretrainedConfig, shapes: Shapes, dtype: torch.dtype | None = None) -> nn.Module:
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or shapes.dtype)
     model.tie_weights()
     if shapes.is_packed:
         use_packed_attention(model)

@@ -9,7 +9,7 @@ Shapes: H query heads, G key heads, T packed tokens, h head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,20 @@ ARGUMENT = "oprd_packing"
 KeysAndValues = tuple[list[Tensor], list[Tensor]]  # one [1, G, length, h] per document
 
 
-@dataclass(frozen=True)
 class Packing:
     """Lengths of the documents in a packed row.
 
     ``writes``: a place for every layer's keys and values, for a later reading that goes on from here. ``reads``: those of
-    the earlier reading; constants.
+    the earlier reading; constants. Not a dataclass: FSDP2 copies those, and the writes would go nowhere.
     """
 
-    lengths: tuple[int, ...]
-    writes: dict[int, KeysAndValues] | None = field(default=None, repr=False)
-    reads: dict[int, KeysAndValues] | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        writes: dict[int, KeysAndValues] | None = None,
+        reads: dict[int, KeysAndValues] | None = None,
+    ) -> None:
+        self.lengths, self.writes, self.reads = lengths, writes, reads
 
 
 def packed_attention_forward(
@@ -64,6 +67,10 @@ def packed_attention_forward(
     lacking = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if lacking:
         raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)} in its attention. {REMEDY}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # it casts for sdpa only; rotary embeddings leave queries and keys in float32
+        half = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(half) if x.dtype == torch.float32 else x for x in (query, key, value))
     keys, values = (list(x.split(packing.lengths, dim=2)) for x in (key, value))
     if packing.writes is not None:
         if module.layer_idx in packing.writes:
@@ -101,6 +108,10 @@ def _document(
         mask = column <= row
         if window is not None:
             mask = mask & (column > row - window)
+    if query.is_cuda and (mask is not None or query.dtype == torch.float32):
+        # CUDA's kernels take no grouped heads here and would fall back to whole matrices of scores.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -115,8 +126,20 @@ def _document(
 
 def _has_varlen_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether torch's FlashAttention for documents of several lengths takes these tensors."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and dropout == 0 and query.shape[-1] == value.shape[-1] <= 256
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout != 0:
+        return False
+    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(query.device) < (
+        8,
+        0,
+    ):
+        return False
+    return query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+@lru_cache(maxsize=64)
+def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where documents begin and the last one ends, int32 ``[documents + 1]``; kept, as making it waits for the device."""
+    return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32).to(device)
 
 
 def _varlen(
@@ -127,10 +150,7 @@ def _varlen(
 
     totals = [k.shape[2] for k in keys]
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, torch.cat(keys, dim=2), torch.cat(values, dim=2)))
-    ends = [
-        F.pad(torch.tensor(sizes, device=q.device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-        for sizes in (packing.lengths, totals)
-    ]
+    ends = [_ends(tuple(sizes), q.device) for sizes in (packing.lengths, totals)]
     output = varlen_attn(
         q,
         k,
@@ -208,6 +228,7 @@ def check_packed_attention(model: nn.Module, *, suffix: bool = False) -> None:
     finally:
         backbone.train(was_training)
     error = torch.cat(errors, dim=1).abs().max() / expected.abs().max()
-    rounds = parameter.dtype.itemsize < 4 or getattr(causal_lm(model), "is_quantized", False)
+    rounds = torch.is_autocast_enabled(parameter.device.type) or parameter.dtype.itemsize < 4
+    rounds = rounds or getattr(causal_lm(model), "is_quantized", False)
     if not error < (5e-2 if rounds else 1e-3):
         raise ValueError(f"{type(causal_lm(model)).__name__} reads packed rows differently ({error:.2g}). {REMEDY}")

@@ -92,6 +92,8 @@ def _forward(
     if torch.is_grad_enabled():
         holder: list = []
         weights = [p for p in mlp.parameters() if p.requires_grad]
+        if not row.requires_grad:  # `_Keep` saves nothing of what needs no gradient (adapters in the first MLP alone)
+            row = row.detach().requires_grad_(bool(weights))
         output = _Tiled.apply(_Keep.apply(row, holder), run, tokens, holder, *weights)
     else:
         output = _in_tiles(run, row, tokens)

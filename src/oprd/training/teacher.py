@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from oprd._compat import create_model_from_path
 from oprd.models import backbone_of, causal_lm
@@ -40,7 +41,16 @@ def check_settings(args: OPRDConfig, *, is_path: bool) -> None:
 
 
 def load_teacher(path: str, args: OPRDConfig, dtype: torch.dtype, num_processes: int) -> PreTrainedModel:
-    """The teacher from its path, in the student's ``dtype`` unless ``teacher_model_init_kwargs`` says otherwise."""
+    """The teacher from its path, in the student's ``dtype`` unless ``teacher_model_init_kwargs`` says otherwise.
+
+    Raises:
+        ValueError: FSDP that loads weights on one process alone, which only a sharded model gets over.
+    """
+    if num_processes > 1 and is_fsdp_enabled():
+        raise ValueError(
+            "The teacher is not sharded, and with fsdp_cpu_ram_efficient_loading one process alone would load it. Set that to "
+            "false in the accelerate config."
+        )
     kwargs = dict(args.teacher_model_init_kwargs or {})
     # States are compared: a teacher in bf16 keeps its residual stream in bf16 too, and even the student's own weights
     # would then be a teacher at a distance. The student's dtype, under the same autocast, has no such floor.
@@ -51,8 +61,7 @@ def load_teacher(path: str, args: OPRDConfig, dtype: torch.dtype, num_processes:
     if num_processes > 1 or args.offload_teacher:
         kwargs["device_map"] = None  # a split teacher cannot be one process's share, nor wait in main memory
     if args.teacher_load_in_8bit:
-        # The head stays as it is: it may be adopted, and its logits are what output losses compare.
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)  # never of the head, which may be adopted
         if num_processes > 1 or args.device.type != "cpu":
             kwargs["device_map"] = {"": args.device}
     return create_model_from_path(path, **kwargs)

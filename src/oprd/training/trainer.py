@@ -112,7 +112,7 @@ class OPRDTrainer(DistillationTrainer):
         preflight.check_datasets(train_dataset, eval_dataset, responses_per_prompt=args.responses_per_prompt)
         if bridge is not None and args.bridge is not None:
             raise ValueError("Two bridges: pass bridge or set args.bridge, not both.")
-        bridge = open_bridge(bridge if bridge is not None else args.bridge)
+        bridge = open_bridge(args.bridge if bridge is None else bridge)
         if bridge is not None and not args.representation_weight:
             raise ValueError("The bridge would be ignored: representation_weight is 0.")
         pair = self._pair = open_pair(
@@ -144,9 +144,8 @@ class OPRDTrainer(DistillationTrainer):
             tools=tools,
         )
         self.vocab_size = shapes.vocab_size
-        teacher = teacher_model
-        if isinstance(teacher, str):
-            teacher = load_teacher(teacher, args, self.model.dtype, self.accelerator.num_processes)
+        teacher, processes = teacher_model, self.accelerator.num_processes
+        teacher = load_teacher(teacher, args, self.model.dtype, processes) if isinstance(teacher, str) else teacher
         teacher.requires_grad_(False).eval()
         heads.check_loaded(self.model, teacher, is_fsdp=self.is_fsdp_enabled)
         pair.check_bridge(self.model, teacher)
@@ -178,12 +177,13 @@ class OPRDTrainer(DistillationTrainer):
         for read in (self.model, teacher) if args.is_packed else ():
             use_packed_attention(read)
             if not self.is_fsdp_enabled:
-                check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
+                with self.accelerator.autocast():
+                    check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        else:
-            where = {"device_placement": False} if args.offload_teacher else {}
-            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True, **where)
+        else:  # told where to, as under FSDP accelerate leaves a model that it does not shard in main memory
+            here = not args.offload_teacher
+            self.teacher_model = self.accelerator.prepare_model(teacher, device_placement=here, evaluation_mode=True)
         self.teacher_at_hand = Offloaded(teacher, self.accelerator.device).here if args.offload_teacher else nullcontext
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
@@ -366,15 +366,15 @@ class OPRDTrainer(DistillationTrainer):
         parts = microbatches.cut(batch, self.args.max_tokens_per_microbatch, self.accelerator)
         state, loss = self.accelerator.gradient_state, 0.0
         meets = state.sync_gradients
-        for number, part in enumerate(parts, 1):
-            is_last = number == len(parts)
+        for is_last, part in ((part is parts[-1], part) for part in parts):
             state._set_sync_gradients(meets and is_last)
             self._memory.begin()
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            meet = is_last or self.accelerator.is_fsdp2  # where no_sync holds whole gradients, and ends an outer one
+            with nullcontext() if meet else self.accelerator.no_sync(model):
                 loss = loss + super(DistillationTrainer, self).training_step(model, part, num_items_in_batch)
             self._memory.end()
         self._meter.end_batch()
-        self._step += 1
+        self._step += 1  # TRL's own counter
         self._stopwatch.seconds["step"] += self._stopwatch.now() - started
         if self._step % self.current_gradient_accumulation_steps == 0:
             self._record_times()
