@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 help:
 	@echo "make demo    distil the embedded miniature and compare (about 5 minutes on 2 cores)"
-	@echo "make test    lint and all tests (under 10 minutes on 2 cores)"
+	@echo "make test    lint and all tests (about 12 minutes on 2 cores)"
 	@echo "make table   the full comparison of docs/results.md (hours)"
 
 install: $(VENV)/.installed
