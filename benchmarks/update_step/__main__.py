@@ -81,6 +81,9 @@ def run_all(options: argparse.Namespace) -> list[dict]:
     if name not in SHAPES:
         raise SystemExit(f"--shape must be one of {', '.join(SHAPES)}, got {name}.")
     shape = SHAPES[name]
+    unknown = set(options.only or ()) - set(method_names(name))
+    if unknown:
+        raise SystemExit(f"--only: no rows {', '.join(sorted(unknown))}; there are {', '.join(method_names(name))}.")
     if options.count:
         options.microbatch = [1]
     elif options.rollouts is None:

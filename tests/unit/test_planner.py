@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from oprd.insight import plan
 from oprd.insight.live_bytes import LiveBytes
-from oprd.insight.planner import GB, plan
+from oprd.insight.planner import GB
 from oprd.insight.simulate import Shapes, _model, _prepared, layout, simulate
 from oprd.training.objective import Objective, student_loss, teacher_states
 

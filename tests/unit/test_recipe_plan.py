@@ -106,12 +106,15 @@ def test_head_and_bridge_are_settled_as_in_training(recipe, tmp_path):
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_helps(recipe):
-    found = plan_recipe(recipe(gradient_checkpointing=False), gpu_memory=1.0)
+    found = plan_recipe(recipe(gradient_checkpointing=False), gpu_memory=1.055)
     assert found.rows[0]["fits"] == "no" and found.verdict.startswith("does not fit")
     changes = {row["change"]: row for row in found.remedies}
     assert "gradient_checkpointing: true" in changes
-    assert any("suffix" in change for change in changes) and any("LoRA" in change for change in changes)
-    assert changes["gradient_checkpointing: true"]["saves"] >= 0
+    assert any("position_k: 25" in change for change in changes) and any("LoRA" in change for change in changes)
+    assert any(change.startswith("all of these together, without use_peft") for change in changes)
+    assert [row["peak GB"] for row in found.remedies] == sorted(row["peak GB"] for row in found.remedies)
+    with pytest.raises(ValueError, match="1 GB and 5 %"):
+        plan_recipe(recipe(), gpu_memory=1.0)
     with pytest.raises(ValueError, match="needs both models"):
         plan_recipe(recipe(teacher_model_name_or_path=None), gpu_memory=80)
 
@@ -119,8 +122,9 @@ def test_a_recipe_that_does_not_fit_is_told_what_helps(recipe):
 def test_the_command(recipe, capsys):
     arguments = ["plan", *recipe(), "--gpu-memory", "80", "--gpus", "2", "--sharding", "zero2"]
     assert main([*arguments, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["objective"] for row in rows] == ["this recipe", "suffix gradient"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is True and found["assumed"] and not found["remedies"]
+    assert [row["objective"] for row in found["rows"]] == ["this recipe", "suffix gradient"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "fits: " in out and "assumed: every response as long as it may be, 100 tokens" in out
@@ -134,3 +138,38 @@ def test_sizes_do_not_depend_on_the_machine(recipe):
     found = plan_recipe(recipe(), gpu_memory=80).plan
     assert found.gpu == 80 * GB
     assert found.room == pytest.approx(75 * GB)
+
+
+def test_models_that_cannot_pack_are_planned_without(recipe, tmp_path):
+    from transformers import Gemma2Config
+
+    settings = recipe(lm_head="keep", logit_weight=0)
+    shape = {name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    for role in ("student", "teacher"):
+        config = Gemma2Config(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=64)
+        config.architectures = ["Gemma2ForCausalLM"]
+        config.save_pretrained(tmp_path / role)
+    found = plan_recipe(settings, gpu_memory=80)
+    assert [row["fits"] for row in found.rows] == ["yes", "cannot run"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bridge": "nowhere"}, "no bridge in nowhere"),
+        ({"teacher_model_name_or_path": "./nowhere"}, "teacher_model_name_or_path: ./nowhere is no folder"),
+        (
+            {"attn_implementation": "flash_attention_2", "max_tokens_per_microbatch": 400},
+            "max_tokens_per_microbatch needs",
+        ),
+        ({"attn_implementation": "eager", "gradient_scope": "suffix"}, "gradient_scope: suffix needs"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(recipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        plan_recipe(recipe(**settings), gpu_memory=80)
+
+
+def test_sharding_needs_several_gpus(recipe):
+    with pytest.raises(ValueError, match="set --gpus"):
+        plan_recipe(recipe(), gpu_memory=80, sharding="zero2")

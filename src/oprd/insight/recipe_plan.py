@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from oprd.insight.planner import GB, Plan, Setup, plan_setup
 from oprd.insight.simulate import Shapes
 from oprd.models import resolve_path
 from oprd.objectives import select_layers
+from oprd.training.preflight import check_attention
 from oprd.training.recipe import Configs, find_recipe, parse
 from oprd.training.source import Source
 
@@ -46,12 +46,18 @@ def setup_of(
         ValueError: models that are missing or cannot be compared.
     """
     _, args, model, fit, _ = configs
+    check_attention(args, model.attn_implementation)
+    if sharding != "none" and processes == 1:
+        raise ValueError(f"--sharding {sharding} splits nothing over one GPU: set --gpus.")
     if model.model_name_or_path is None or args.teacher_model_name_or_path is None:
         raise ValueError("A plan needs both models: set model_name_or_path and teacher_model_name_or_path.")
-    student = Source(resolve_path(model.model_name_or_path), model.model_revision, args.trust_remote_code).config
-    teacher = Source(
-        resolve_path(args.teacher_model_name_or_path), args.teacher_model_revision, args.trust_remote_code
-    ).config
+    student, teacher = (
+        _config(key, name, revision, args.trust_remote_code)
+        for key, name, revision in (
+            ("model_name_or_path", model.model_name_or_path, model.model_revision),
+            ("teacher_model_name_or_path", args.teacher_model_name_or_path, args.teacher_model_revision),
+        )
+    )
     own, other = student.get_text_config(), teacher.get_text_config()
     notes = []
     rank = _bridge_rank(args.bridge, fit.bridge_rank, own, other)
@@ -119,6 +125,16 @@ def setup_of(
     return setup, notes
 
 
+def _config(key: str, name: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return Source(resolve_path(name), revision, trust_remote_code).config
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{key}: {name} is no folder with a config.json here, and the Hub has not given it: {reason}"
+        ) from error
+
+
 def _dtype(name: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
@@ -140,8 +156,8 @@ def _adoptable(own: PretrainedConfig, other: PretrainedConfig) -> bool:
 def _bridge_rank(bridge: str | None, wanted: Any, own: PretrainedConfig, other: PretrainedConfig) -> int | None:
     if bridge is None:
         return None
-    if bridge != "auto" and (Path(bridge) / "bridge.json").exists():
-        return Bridge.from_pretrained(bridge).rank
+    if bridge != "auto":
+        return Bridge.from_pretrained(resolve_path(bridge)).rank
     full = min(own.hidden_size, other.hidden_size)
     return min(int(wanted), full) if str(wanted).isdigit() else full
 
@@ -204,26 +220,36 @@ def remedies(setup: Setup, gpu: float) -> Iterator[tuple[str, Plan]]:
     if not setup.offload_teacher and setup.sharding == "none" and not setup.teacher_in_8bit:
         exact["offload_teacher: true"] = {"offload_teacher": True}
     if "8bit" not in setup.optim:
-        exact["optim: adamw_8bit"] = {"optim": "adamw_8bit"}
-    if setup.rows_generated > 1 and setup.in_vllm is None:
-        exact["half as many responses per process"] = {"rows_generated": setup.rows_generated // 2}
+        exact["optim: adamw_8bit (bitsandbytes)"] = {"optim": "adamw_8bit"}
+    if setup.rows_generated and setup.in_vllm is None:
+        exact["use_vllm: true, vllm_mode: server (on another GPU)"] = {"rows_generated": 0}
     changing: dict[str, dict[str, Any]] = {}
     if shapes.peft is None and shapes.trainable == "all":
         adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         changing["use_peft: true (LoRA, r = 16, all linear maps)"] = {"shapes": {"peft": adapter}}
     if shapes.gradient_scope == "full" and objective.uses_states and not objective.uses_output:
-        k = shapes.position_k or min(2000, longest)
+        k = shapes.position_k or max(1, min(2000, max(response for _, response in shapes.rows) // 4))
         suffix = {"gradient_scope": "suffix", "is_packed": True, "positions": "last_k", "position_k": k}
         changing[f"gradient_scope: suffix, positions: last_k, position_k: {k}"] = {"shapes": suffix}
     if setup.sharding != "fsdp":
         changing["the student under FSDP2 on 8 GPUs"] = {"sharding": "fsdp", "processes": 8, "offload_teacher": False}
     for text, change in (exact | changing).items():
-        yield text, plan_setup(_changed(setup, change), gpu)
-    if len(exact) > 1:
-        together = setup
-        for change in exact.values():
-            together = _changed(together, change)
-        yield "all but the last " + f"{len(changing)}", plan_setup(together, gpu)
+        if (changed := _possible(_changed(setup, change), gpu)) is not None:
+            yield text, changed
+    together = setup
+    for change in exact.values():
+        together = _changed(together, change)
+    if len(exact) > 1 and (changed := _possible(together, gpu)) is not None:
+        kept = "without " + ", ".join(text.split(":")[0].split(" (")[0] for text in changing) if changing else ""
+        yield f"all of these together, {kept}".rstrip(", "), changed
+
+
+def _possible(setup: Setup, gpu: float) -> Plan | None:
+    """The plan, or None for models that cannot run this way (packed, say)."""
+    try:
+        return plan_setup(setup, gpu)
+    except ValueError:
+        return None
 
 
 def _changed(setup: Setup, change: dict[str, Any]) -> Setup:
@@ -278,24 +304,25 @@ def plan_recipe(
         notes.append(f"a GPU of {gpu_memory:.0f} GB (--gpu_memory)" + ("" if found else "; this machine has none"))
     gpu = gpu_memory * GB
     others = dict(alternatives(setup) if every else _scopes(setup))
-    rows = []
+    rows, own = [], plan_setup(setup, gpu)
+    if own.room <= 0:
+        raise ValueError(f"--gpu_memory {gpu_memory:g}: the driver and the allocator's losses alone take 1 GB and 5 %.")
     for name, other in tqdm({"this recipe": setup, **others}.items(), desc="planning", leave=False):
-        found_plan = plan_setup(other, gpu)
-        rows.append({"objective": name, **found_plan.row})
-    own = plan_setup(setup, gpu)
-    helps = (
-        []
-        if own.fits
-        else [
+        found_plan = own if other is setup else _possible(other, gpu)
+        rows.append({"objective": name, **({"fits": "cannot run"} if found_plan is None else found_plan.row)})
+    helps = []
+    if not own.fits:
+        plans = sorted(remedies(setup, gpu), key=lambda found: found[1].peak)
+        helps = [
             {
                 "change": text,
                 "peak GB": p.row["peak GB"],
                 "saves": round((own.peak - p.peak) / GB, 2),
                 "fits": p.row["fits"],
             }
-            for text, p in remedies(setup, gpu)
+            for text, p in plans
+            if p.peak < 0.995 * own.peak
         ]
-    )
     return RecipePlan(own, rows, helps, notes)
 
 

@@ -214,6 +214,20 @@ def check_datasets(
         raise ValueError("A streaming dataset gives each prompt once: set responses_per_prompt: 1 or load it whole.")
 
 
+def check_attention(args: Any, attn_implementation: str | None) -> None:
+    """Packed rows are read by an attention of this package's own, on top of ``sdpa``.
+
+    Raises:
+        ValueError: another implementation was asked for.
+    """
+    if args.is_packed and attn_implementation not in (None, "sdpa"):
+        why = "max_tokens_per_microbatch" if args.max_tokens_per_microbatch is not None else "gradient_scope: suffix"
+        raise ValueError(
+            f"{why} needs attn_implementation: sdpa (the default; it takes FlashAttention's kernels by itself), got "
+            f"{attn_implementation!r}. Unset one of the two."
+        )
+
+
 def check_step_size(num_prompts: int, responses_per_step: int, responses_per_prompt: int) -> None:
     """One step draws its prompts without repeats, so there must be that many.
 

@@ -30,6 +30,7 @@ from oprd.training.bridging import RolloutTrainer, fit_bridge, rollout_settings
 from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
+from oprd.training.preflight import check_attention
 from oprd.training.recipe import Configs, DataConfig, parse, repeated, resolved, second_stage
 from oprd.training.saving import save_final
 from oprd.training.solved_head import solve_head
@@ -120,6 +121,7 @@ def build_trainer(
     Raises:
         ValueError: whatever pre-flight finds.
     """
+    check_attention(args, model.attn_implementation)
     shared = {"attn_implementation": model.attn_implementation}
     args.model_init_kwargs = {
         **shared,
