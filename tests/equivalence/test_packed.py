@@ -524,8 +524,8 @@ def broken(break_it):
 
 
 BREAKS = {
-    "documents see each other": lambda query, p: dataclasses.replace(p, lengths=(query.shape[2],)),
-    "documents end elsewhere": lambda query, p: dataclasses.replace(p, lengths=p.lengths[::-1]),
+    "documents see each other": lambda query, p: attention.Packing((query.shape[2],), p.writes, p.reads),
+    "documents end elsewhere": lambda query, p: attention.Packing(p.lengths[::-1], p.writes, p.reads),
 }
 
 
@@ -550,7 +550,7 @@ def test_the_check_catches_a_model_that_ignores_the_packing(monkeypatch, fault):
         )
     else:
         suffix = True
-        forget = broken(lambda query, p: dataclasses.replace(p, reads=None))
+        forget = broken(lambda query, p: attention.Packing(p.lengths, p.writes))
         monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, forget)
         check_packed_attention(model)
     with pytest.raises(ValueError, match=told):
