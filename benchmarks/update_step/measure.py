@@ -22,6 +22,7 @@ from benchmarks.update_step.workload import (
     make_models,
     microbatches,
     packed_microbatches,
+    padded,
     read_rollouts,
 )
 from torch import nn
@@ -52,13 +53,27 @@ def methods(shape: Shape) -> dict[str, Method]:
     return peers() | ours(shape)
 
 
-def generate(models: Models, rollouts: list[dict]) -> float | None:
-    """Seconds to generate ``rollouts`` with the student, for end-to-end rows; None: not measured.
-
-    The place for it: prompts are ``rollout["prompt"]``, and to keep rows comparable each response should have
-    ``len(rollout["response"])`` tokens.
-    """
-    return None
+@torch.no_grad()
+def generate(models: Models, rollouts: list[dict], device: str) -> float:
+    """Seconds to sample ``rollouts`` anew with the student: transformers' generation on the whole batch, as TRL runs it
+    without vLLM. Every response goes on to the longest one's length, since a batch ends with its last row."""
+    columns = padded(rollouts, device)
+    longest = max(len(rollout["response"]) for rollout in rollouts)
+    model = models.student.eval()
+    started = time.perf_counter()
+    model.generate(
+        input_ids=columns["prompt_ids"],
+        attention_mask=columns["prompt_mask"],
+        do_sample=True,
+        min_new_tokens=longest,
+        max_new_tokens=longest,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    if device != "cpu":
+        torch.cuda.synchronize()
+    model.train()
+    return time.perf_counter() - started
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def run(setting: Setting) -> dict[str, Any]:
         "at_peak": held,
     }
     if setting.phase == "end to end":
-        row["generation_seconds"] = generate(models, rollouts)
+        row["generation_seconds"] = generate(models, rollouts, setting.device)
     return row
 
 

@@ -129,9 +129,9 @@ def microbatches(rollouts: list[dict], size: int, *, padded_to: str, device: str
         raise ValueError(f"{len(rollouts)} rollouts do not split into micro-batches of {size}.")
     parts = len(rollouts) // size
     if padded_to == "batch":
-        split = split_tensor_dict(_padded(rollouts, device), parts)
+        split = split_tensor_dict(padded(rollouts, device), parts)
     else:
-        split = (_padded(rollouts[i * size : (i + 1) * size], device) for i in range(parts))
+        split = (padded(rollouts[i * size : (i + 1) * size], device) for i in range(parts))
     for part in split:
         yield _batch(part, rollouts)
 
@@ -142,10 +142,10 @@ def packed_microbatches(rollouts: list[dict], size: int, *, device: str = "cpu")
 
     lengths = [len(row["prompt"]) + len(row["response"]) for row in rollouts]
     for rows in fill(lengths, size * max(lengths)):
-        yield _batch(_padded([rollouts[row] for row in rows], device), rollouts)
+        yield _batch(padded([rollouts[row] for row in rows], device), rollouts)
 
 
-def _padded(rows: list[dict], device: str) -> dict[str, Tensor]:
+def padded(rows: list[dict], device: str) -> dict[str, Tensor]:
     """Rows as TRL pads them."""
     from trl.trainer.utils import pad
 

@@ -183,6 +183,16 @@ def test_command_line_end_to_end(tmp_path):
     assert "| TRL |" in done.stdout and tables([row]) in done.stdout
 
 
+def test_end_to_end_samples_every_rollout_again(tmp_path, rollouts):
+    path = tmp_path / "rollouts.json"
+    workload.write_rollouts(path, rollouts)
+    setting = measure.Setting("ours: OPRD", "tiny", phase="end to end", repeats=1, rollouts=str(path), time_only=True)
+    row = measure.run(setting)
+    assert row["generation_seconds"] > 0
+    text = tables([row])
+    assert "End to end" in text and f"{row['generation_seconds'] + row['seconds_median']:.2f}" in text
+
+
 def test_reduced_tiles_are_taken_back():
     from trl.kernels import chunked_divergence
 
