@@ -143,10 +143,11 @@ def same_as_slow(lengths, drawn, k):
     ]
     weights = torch.linspace(1, 2, len(slow))
     costs = torch.stack([position.cost for position in slow])
-    torch.testing.assert_close(terms.cost, costs.float(), atol=2e-5, rtol=1e-5)
+    # Float32 distributions against float64 ones: where a mass is what is left of two, its logarithm keeps three digits.
+    torch.testing.assert_close(terms.cost, costs.float(), atol=5e-4, rtol=1e-4)
     (fast_gradient,) = torch.autograd.grad((weights * terms.cost).sum(), drawn.student_logits)
     (slow_gradient,) = torch.autograd.grad((weights * costs).sum(), logits)
-    torch.testing.assert_close(fast_gradient, slow_gradient.float(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(fast_gradient, slow_gradient.float(), atol=5e-4, rtol=1e-3)
     assert terms.supervised.tolist() == [position.supervised for position in slow]
     for name in ("student_rest", "teacher_rest"):
         fast = getattr(terms, name)[terms.supervised]
