@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oprd.insight.live_bytes import LiveBytes
+from oprd.insight.simulate import as_fake
 
 
 def count(setting: Setting, *, columns: int = 16_384, supervised: int = 2_000, top: int = 8) -> dict[str, Any]:
@@ -59,18 +59,6 @@ def one_sequence(columns: int, supervised: int) -> Batch:
     ids = torch.full((1, columns), FIRST_ID)
     prompt, response = ids.split([columns - supervised, supervised], dim=1)
     return Batch(prompt, torch.ones_like(prompt), response, torch.ones_like(response), supervised)
-
-
-def as_fake(value: Any, mode: FakeTensorMode) -> Any:
-    """The same, with fake tensors, through dataclasses and containers."""
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    if dataclasses.is_dataclass(value):
-        changed = {f.name: as_fake(getattr(value, f.name), mode) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changed)
-    if isinstance(value, dict):
-        return {key: as_fake(entry, mode) for key, entry in value.items()}
-    return type(value)(as_fake(entry, mode) for entry in value) if isinstance(value, (list, tuple)) else value
 
 
 def as_on_gpu() -> list[Swap]:

@@ -173,3 +173,5 @@ def test_bridge_teacher_of_another_shape():
 def test_unknown_settings_are_errors():
     with pytest.raises(ValueError, match=r"gradient_scop;.*gradient_scope"):
         plan(CONFIG, gradient_scop="suffix")
+    with pytest.raises(ValueError, match="none, zero2, fsdp"):
+        plan(CONFIG, sharding="zero3")

@@ -202,7 +202,7 @@ def _value(expression: Any) -> Any:
         return expression.evalf(30)
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # sympy raises whatever its evaluators do; what has no value equals nothing
         return None
 
 

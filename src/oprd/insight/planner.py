@@ -178,7 +178,13 @@ _COUNTED: dict[str, Counts] = {}  # the same shapes and objective are simulated 
 
 
 def plan_setup(setup: Setup, gpu: float = 80 * GB) -> Plan:
-    """The plan of one setup on a GPU of so many bytes."""
+    """The plan of one setup on a GPU of so many bytes.
+
+    Raises:
+        ValueError: an unknown sharding, or models that cannot be read as the shapes say.
+    """
+    if setup.sharding not in SHARDING:
+        raise ValueError(f"sharding must be one of {', '.join(SHARDING)}, got {setup.sharding!r}.")
     counted = dataclasses.replace(setup.objective, offload_targets=False)
     key = repr((setup.shapes, counted))
     if key not in _COUNTED:

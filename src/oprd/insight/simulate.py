@@ -65,7 +65,6 @@ class Counts(NamedTuple):
 
     student: int
     teacher: int
-    teacher_backbone: int
     teacher_linear: int
     teacher_head: int
     embeddings: int
@@ -126,7 +125,7 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
         trained = [p for p in student.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        rollout = _fake(rollout, mode)
+        rollout = as_fake(rollout, mode)
         precision = nullcontext() if shapes.autocast is None else torch.autocast("cpu", shapes.autocast)
         maps = None
         if shapes.bridge_rank is not None:
@@ -142,7 +141,6 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
     return Counts(
         student=_bytes([*student.parameters(), *student.buffers()]),
         teacher=_bytes([*teacher.parameters(), *teacher.buffers()]),
-        teacher_backbone=_bytes([*models.backbone_of(teacher).parameters()]),
         teacher_linear=sum(m.weight.numel() for m in models.backbone_of(teacher).modules() if isinstance(m, nn.Linear)),
         teacher_head=_bytes([*models.causal_lm(teacher).get_output_embeddings().parameters()]),
         embeddings=sum(
@@ -261,12 +259,12 @@ def _prepared(student: nn.Module, shapes: Shapes, objective: Objective) -> nn.Mo
     return student.train()
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    """The same dataclass with fake tensors in place of real ones."""
+def as_fake(value: Any, mode: FakeTensorMode) -> Any:
+    """The same with fake tensors in place of real ones, through dataclasses."""
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
     if dataclasses.is_dataclass(value):
-        fields = {f.name: _fake(getattr(value, f.name), mode) for f in dataclasses.fields(value)}
+        fields = {f.name: as_fake(getattr(value, f.name), mode) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
 
