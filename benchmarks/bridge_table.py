@@ -55,8 +55,9 @@ def with_closed_form_head(first: str | Path, directory: Path, arguments: dict) -
     collection, _ = collect(_bridge_trainer(load_data(configs), configs[1], configs[2]), configs[3], directory)
     moments = collection.fitter.train[-1]
     first = resolve_path(str(first))
-    student = AutoModelForCausalLM.from_pretrained(first)
-    teacher = AutoModelForCausalLM.from_pretrained(resolve_path(arguments["teacher_model_name_or_path"]))
+    student = AutoModelForCausalLM.from_pretrained(first, use_safetensors=True)
+    other = resolve_path(arguments["teacher_model_name_or_path"])
+    teacher = AutoModelForCausalLM.from_pretrained(other, use_safetensors=True)
     linear = torch.linalg.solve(moments.student_student, moments.student_teacher).T  # h_T ~ linear h_S
     with torch.no_grad():
         student.lm_head.weight.copy_(teacher.lm_head.weight.double() @ linear)

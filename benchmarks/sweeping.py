@@ -170,7 +170,10 @@ def score(path: Path | str, problems: list[dict], max_new_tokens: int) -> dict:
     from oprd.evaluation import distinct_n
     from oprd.evaluation.evaluate import evaluate
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, use_safetensors=True),
+        AutoTokenizer.from_pretrained(path),
+    )
     found = evaluate(model, tokenizer, problems, max_new_tokens=max_new_tokens, top_p=1.0, batch_size=512)
     # The task has no spaces: whitespace tokens would be whole answers. Its signs and results are the words.
     spaced = [[" ".join(text.replace("=", " = ").replace("+", " + ").replace("-", " - ").split()) for text in row]

@@ -87,8 +87,8 @@ def sample(model, tokenizer, texts: list[str], max_new_tokens: int) -> tuple[lis
 
 def main(steps: int = 100, batch_size: int = 32, learning_rate: float = 2e-3) -> None:
     torch.manual_seed(0)
-    student = AutoModelForCausalLM.from_pretrained(resolve_path("miniature:student"))
-    teacher = AutoModelForCausalLM.from_pretrained(resolve_path("miniature:teacher")).eval()
+    student = AutoModelForCausalLM.from_pretrained(resolve_path("miniature:student"), use_safetensors=True)
+    teacher = AutoModelForCausalLM.from_pretrained(resolve_path("miniature:teacher"), use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(resolve_path("miniature:student"))
     lines = Path(resolve_path("miniature:train.jsonl")).read_text().splitlines()
     problems = [json.loads(line) for line in lines]

@@ -13,6 +13,7 @@ from oprd.commands.gate import add_gate
 from oprd.commands.plan import run_plan
 from oprd.commands.registry import add_registry
 from oprd.commands.report import add_report
+from oprd.commands.serve import add_serve
 from oprd.commands.train import run_train
 
 OWN_KEYS = {"train": run_train, "bridge": run_bridge, "plan": run_plan}  # commands whose keys another parser reads
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
     commands.add_parser("bridge", help="fit a bridge between two models, or look into one", add_help=False)
     commands.add_parser("plan", help="what a recipe needs of a GPU, and what would help", add_help=False)
-    for add in (add_eval, add_compare, add_report, add_gate, add_registry, add_demo):
+    for add in (add_eval, add_compare, add_report, add_gate, add_registry, add_serve, add_demo):
         add(commands)
     return parser
 
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"oprd: error: {error} [oprd --traceback {options.command} ... shows where]", file=sys.stderr)
+        told = " ".join(str(error).split()) or type(error).__name__  # libraries write whole paragraphs
+        print(f"oprd: error: {told} [oprd --traceback {options.command} ... shows where]", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("oprd: interrupted", file=sys.stderr)

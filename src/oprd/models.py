@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,11 +22,11 @@ def resolve_path(name: str) -> str:
     if not name.startswith(MINIATURE_PREFIX):
         return name
     assets = Path(str(files("oprd"))) / "miniature" / "assets"
-    path = assets / name.removeprefix(MINIATURE_PREFIX)
-    if not path.exists():
-        known = ", ".join(sorted(MINIATURE_PREFIX + entry.name for entry in assets.iterdir()))
-        raise ValueError(f"There is no {name!r} in the package; it has {known}.")
-    return str(path)
+    known = sorted(entry.name for entry in assets.iterdir())
+    if (wanted := name.removeprefix(MINIATURE_PREFIX)) not in known:  # a path would lead out of the package
+        told = ", ".join(MINIATURE_PREFIX + entry for entry in known)
+        raise ValueError(f"There is no {name!r} in the package; it has {told}.")
+    return str(assets / wanted)
 
 
 def text_config(model_or_config: nn.Module | PretrainedConfig) -> PretrainedConfig:
@@ -64,6 +67,46 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
 def gathered(parameter: Tensor) -> Tensor:
     """The whole tensor of a parameter that FSDP2 may have sharded; gradients flow back to the shards."""
     return parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds it in parts: empty outside of its module's forward and of `whole`."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def whole(*parameters: nn.Parameter, written: bool = False) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole; with ``written``, what the first process makes of them is
+    what all keep. Every process must enter it. Nothing happens to others."""
+    parts = list({id(p): p for p in parameters if is_partitioned(p)}.values())
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if written else None):
+        yield
+
+
+def head_parameters(*models: nn.Module) -> list[nn.Parameter]:
+    """Weights (and biases) of the LM heads."""
+    return [p for model in models for p in causal_lm(model).get_output_embeddings().parameters()]
+
+
+class LentHead(nn.Module):
+    """A model as losses see it that only read its LM head: the config and a frozen copy of the head."""
+
+    def __init__(self, config: PretrainedConfig, weight_Vd: Tensor, bias_V: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.head = nn.Linear(*weight_Vd.shape[::-1], bias=bias_V is not None, device="meta")
+        self.head.weight = nn.Parameter(weight_Vd, requires_grad=False)
+        if bias_V is not None:
+            self.head.bias = nn.Parameter(bias_V, requires_grad=False)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.head
 
 
 @dataclass(frozen=True)
@@ -131,13 +174,28 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) ->
     return {*own, *declared}
 
 
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list, **how: Any) -> Any:
+    """``apply_chat_template``.
+
+    Raises:
+        ValueError: a template that is broken, or that refuses these messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot render the prompts "
+            f"({type(error).__name__}: {error}). Mend its chat_template, change the messages, or give prompts as text."
+        ) from error
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int | None:
     """The token with which a model of this tokenizer ends its answer: what its chat template puts behind one, which is not
     always the tokenizer's end token; for text prompts the latter."""
     if chat and tokenizer.chat_template:
         marker = "the-answer"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        _, found, rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)
+        _, found, rest = apply_template(tokenizer, turns, tokenize=False).rpartition(marker)
         added = tokenizer.added_tokens_decoder if found else {}
         ends = [index for index, token in added.items() if rest.lstrip().startswith(token.content)]
         if ends:
@@ -208,4 +266,4 @@ def freeze_unreachable(model: nn.Module, *, top_layer: int, head: bool) -> int:
     trainable = [p for p in stopped if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    return sum(p.numel() for p in trainable)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trainable)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, load_dataset
+from pyarrow import parquet
 
 from oprd.models import resolve_path
 
@@ -18,6 +21,15 @@ logger = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ROLES = ("system", "user", "assistant", "tool", "developer")
 FILE_KINDS = (".parquet", ".json", ".jsonl")
+ARCHIVE = "It is an archive: unpack it, and name the file inside."
+PICKLE = "It may be a pickle, which runs code when it is read: write its rows as jsonl."
+TABLE = "Convert it: one JSON object a line, with a column prompt."
+OTHER_KINDS = (
+    dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"), ARCHIVE)
+    | dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz"), PICKLE)
+    | dict.fromkeys((".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".arrow"), TABLE)
+)
+NOT_JSON = "not valid JSON"
 
 
 def _json_rows(path: Path) -> Iterable[tuple[str, Any]]:
@@ -25,12 +37,12 @@ def _json_rows(path: Path) -> Iterable[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: not UTF-8 text (byte {error.start}).") from error
+        raise ValueError(f"{path.name}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+            raise ValueError(f"{path.name}, line {error.lineno}: {NOT_JSON} ({error.msg}).") from error
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
@@ -39,7 +51,24 @@ def _json_rows(path: Path) -> Iterable[tuple[str, Any]]:
         try:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}, line {number}: not valid JSON ({error.msg}).") from error
+            raise ValueError(
+                f"{path.name}, line {number}: {NOT_JSON} ({error.msg}). Mend or remove the line; a file holds an object a line, "
+                "or one list of rows in .json."
+            ) from error
+        except RecursionError as error:
+            raise ValueError(
+                f"{path.name}, line {number}: nested too deep to read. Mend or remove the line."
+            ) from error
+
+
+def check_kind(path: Path) -> None:
+    """Not a kind of file that could be taken for data, but is not read.
+
+    Raises:
+        ValueError: with how to make one that is.
+    """
+    if remedy := OTHER_KINDS.get(path.suffix.lower()):
+        raise ValueError(f"{path} is not a {', '.join(FILE_KINDS)} file. {remedy}")
 
 
 def _rows(name: str, config: str | None, split: str) -> Iterable[tuple[str, Any]]:
@@ -47,14 +76,27 @@ def _rows(name: str, config: str | None, split: str) -> Iterable[tuple[str, Any]
     if path.suffix.lower() in FILE_KINDS:
         if not path.is_file():
             raise ValueError(f"There is no file {path}. Give a parquet, json or jsonl file, or a Hub dataset id.")
-        if path.suffix.lower() != ".parquet":
-            return _json_rows(path)
-        dataset = Dataset.from_parquet(str(path), keep_in_memory=True)
-    elif path.exists():
-        raise ValueError(f"{path} is not a {', '.join(FILE_KINDS)} file.")
-    else:
+        return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+    check_kind(path)
+    if path.exists():
+        raise ValueError(f"{path} is not a {', '.join(FILE_KINDS)} file. Name one.")
+    try:
         dataset = load_dataset(name, config, split=split)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name} is no file here, and the Hub has not given it: {reason} Name a {', '.join(FILE_KINDS)} file, or a Hub "
+            "dataset that this machine can reach."
+        ) from error
     return ((f"row {number}", row) for number, row in enumerate(dataset, 1))
+
+
+def _parquet_rows(path: Path) -> Iterable[tuple[str, Any]]:
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path.name} is truncated or no parquet file ({error}). Copy or write it again.") from error
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _prompt_fault(prompt: Any) -> str | None:
@@ -76,13 +118,18 @@ def _prompt_fault(prompt: Any) -> str | None:
 WORKED_ANSWER = "####"  # GSM8K: the solution, then the answer behind this mark
 
 
-def _answer(row: dict[str, Any], column: str | None) -> str | None:
+def _answer(row: dict[str, Any], column: str | None, where: str) -> str | None:
+    """Raises ValueError for what no answer can be, such as a list."""
     if column is not None:
         answer = row[column]
     elif isinstance(row.get("reward_model"), dict) and row["reward_model"].get("ground_truth") is not None:
         answer = row["reward_model"]["ground_truth"]
     else:
         answer = row.get("answer")
+    if answer is not None and not isinstance(answer, str | int | float | Decimal):
+        raise ValueError(
+            f"{where}: the answer must be text or a number, got {type(answer).__name__}. Set answer_column."
+        )
     return None if answer is None else str(answer).rpartition(WORKED_ANSWER)[2].strip()
 
 
@@ -111,7 +158,9 @@ def read_prompts(
     repeated = 0
     for place, row in _rows(name, config, split):
         if not isinstance(row, dict):
-            raise ValueError(f"{name}, {place}: expected an object with columns, got {type(row).__name__}.")
+            raise ValueError(
+                f"{name}, {place}: expected an object with columns, got {type(row).__name__}. Correct or remove the row."
+            )
         column = prompt_column or next((c for c in PROMPT_COLUMNS if c in row), None)
         if column is None or column not in row:
             wanted = (
@@ -123,7 +172,7 @@ def read_prompts(
             raise ValueError(f"{name}, {place}: has no column {answer_column!r}; it has {', '.join(row)}.")
         fault = _prompt_fault(row[column])
         if fault:
-            raise ValueError(f"{name}, {place}: {fault}.")
+            raise ValueError(f"{name}, {place}: {fault}. Correct or remove the row.")
         if drop_duplicates:
             fingerprint = json.dumps(row[column], sort_keys=True)
             if fingerprint in seen:
@@ -133,12 +182,29 @@ def read_prompts(
         prompt = row[column]
         if isinstance(prompt, list):  # one schema for every message
             prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
-        kept.append(PromptRow(place, column, prompt, _answer(row, answer_column)))
+        kept.append(PromptRow(place, column, prompt, _answer(row, answer_column, f"{name}, {place}")))
     if repeated:
         logger.info(f"{name}: dropped {repeated} rows whose prompt had come before; {len(kept)} are left.")
     if not kept:
-        raise ValueError(f"{name} has no rows.")
+        raise ValueError(f"{name} has no rows. Give a file with a prompt in each.")
+    _say_contradictions(name, kept)
     return kept
+
+
+def _say_contradictions(name: str, rows: Sequence[PromptRow]) -> None:
+    """Of rows with one prompt and two answers at least one is graded wrongly, whatever the student writes."""
+    first: dict[str, PromptRow] = {}
+    against: list[tuple[PromptRow, PromptRow]] = []
+    for row in rows:
+        other = first.setdefault(json.dumps(row.prompt, sort_keys=True), row)
+        if row.answer != other.answer and None not in (row.answer, other.answer):
+            against.append((other, row))
+    if against:
+        one, other = against[0]
+        logger.warning(
+            f"{name}: {len(against)} rows repeat a prompt with another answer, first {one.place} ({one.answer!r}) and "
+            f"{other.place} ({other.answer!r}). Remove the wrong ones; the grades of these prompts mean nothing."
+        )
 
 
 def load_prompts(name: str, *, as_chat: bool = False, **where: Any) -> Dataset:

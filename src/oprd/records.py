@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
 
 
 def as_json(value: Any, what: str) -> str:
@@ -42,9 +47,44 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        told = f"{path}: {os.strerror(error.errno)}. Free some room there; what it held before is untouched"
+        raise OSError(error.errno, told) from error
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def check_folder(directory: str | os.PathLike, called: str, needed: int = 0) -> None:
+    """A folder can be made and written to, and has room for ``needed`` bytes. Leaves nothing behind.
+
+    Args:
+        called: the setting that names it, for messages.
+
+    Raises:
+        ValueError: a file in the way, no permission, or a disk that is too full.
+    """
+    folder = Path(directory).absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{called} {directory} cannot be a folder: {folder} is a file. Choose another {called}.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{called} {directory} cannot be written to: {folder} ({error.strerror}). Choose another {called}, or mend its "
+            "permissions or disk."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{called} {directory}: the disk of {folder} has {free / 1e9:.2f} GB left, and {needed / 1e9:.2f} GB are needed at "
+            f"least. Free some, or choose another {called}."
+        )
 
 
 def sync(*paths: Path) -> None:
@@ -71,7 +111,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ValueError(f"There is no {path}.") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Restore the file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}). Restore the file.") from error
 
 
 def whole_lines(path: Path) -> list[tuple[Any, int]]:

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from oprd.bridge import BridgeFitter
-from oprd.bridge.collect import RANDOM_STUDENT, RANDOM_TEACHER, SHUFFLED, Collection, control_layers
+from oprd.bridge.collect import RANDOM_STUDENT, RANDOM_TEACHER, SHUFFLED, Collection, before_of, control_layers
 from oprd.bridge.predict import predict, reverse_map
 from oprd.bridge.report import SAMPLE_ROWS
 from oprd.miniature.task import training_problem
@@ -322,7 +322,9 @@ def test_saving_again_replaces(models, tmp_path):
     again = collection()
     assert again.load(path, KEY)
     assert_same_collections(again, found)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, before_of(path).name}
+    assert (Collection.batches_in(path, KEY), Collection.batches_in(before_of(path), KEY)) == (2, 1)
+    assert Collection.batches_in(path, {**KEY, "seed": 99}) is None
 
 
 def test_a_collection_without_held_out_rows_can_be_continued(models, tmp_path):

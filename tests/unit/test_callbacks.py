@@ -65,6 +65,40 @@ def test_a_resumed_run_keeps_what_its_checkpoint_has_seen(args, path):
     ]
 
 
+def test_a_checkpoint_counts_the_lines_that_it_has_seen(args, path):
+    """Two lines of one step, one before and one after the checkpoint; and what was logged after the last step."""
+    first, state = MetricsFile(), TrainerState()
+    first.on_train_begin(args, state, TrainerControl())
+    for step, name in ((4, "loss"), (8, "loss"), (8, "eval_loss")):
+        state.global_step = step
+        first.on_log(args, state, TrainerControl(), logs={name: 1.0})
+    counted = json.loads(json.dumps(first.state()))
+    first.on_log(args, state, TrainerControl(), logs={"train_loss": 1.0})
+    again = MetricsFile()
+    resumed = TrainerState(global_step=8, stateful_callbacks={"MetricsFile": counted})
+    again.on_train_begin(args, resumed, TrainerControl())
+    again.on_log(args, resumed, TrainerControl(), logs={"train_loss": 1.0})
+    assert [sorted(row)[-1 if "train_loss" in row else 0] for row in read_metrics(path)] == [
+        "loss", "loss", "eval_loss", "train_loss"
+    ]  # fmt: skip
+    assert again.state()["attributes"]["lines"] == 4
+
+
+def test_a_full_disk_is_told_with_the_file(args, path, monkeypatch):
+    log(args, 4)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    callback = MetricsFile()
+    callback.lines = 1
+    with pytest.raises(OSError, match=r"metrics\.jsonl could not be written: No space left on device"):
+        callback.on_log(args, TrainerState(global_step=8), TrainerControl(), logs={"loss": 1.0})
+    monkeypatch.undo()
+    assert read_metrics(path)[0] == {"step": 4, "loss": 1.0}
+
+
 def test_a_resumed_run_without_a_file_starts_one(args, path):
     log(args, 12, start=8)
     assert read_metrics(path) == [{"step": 12, "loss": 3.0}]

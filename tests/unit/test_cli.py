@@ -155,4 +155,4 @@ def test_config_without_a_recipe_and_a_recipe_that_is_no_yaml(run, tmp_path):
     for arguments in (["--config", str(path)], [f"--config={path}"]):
         status, _, error = run("train", *arguments)
         assert status == 1
-        assert error.startswith("oprd: error: The recipe is not valid YAML")
+        assert error.startswith(f"oprd: error: The recipe {path} is not valid YAML")

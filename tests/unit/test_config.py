@@ -49,6 +49,9 @@ def test_defaults(make):
         "offload_targets": False,
         "offload_teacher": False,
         "teacher_load_in_8bit": False,
+        "on_nonfinite": "stop",
+        "teacher_url": None,
+        "teacher_token_file": None,
     }
     assert (config.learning_rate, config.warmup_steps, config.beta) == (1e-5, 0.03, 1.0)
     assert config.lr_scheduler_type == SchedulerType.COSINE
@@ -260,7 +263,6 @@ def test_when_rows_are_packed(make, settings, packed):
             True,
             "quantised twice",
         ),
-        ({"offload_teacher": True, "fsdp": "full_shard"}, True, True, "FSDP places the teacher's weights itself"),
     ],
     ids=str,
 )

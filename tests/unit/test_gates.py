@@ -291,7 +291,7 @@ NUMBER = "accuracy.min must be a finite number, got"
     [
         ("accuracy: {min: 40", "is not valid YAML"),
         ("accuracy:\n\tmin: 40", "is not valid YAML"),
-        (b"accuracy: {min: 40} # \xff", "is not valid YAML"),
+        (b"accuracy: {min: 40} # \xff", "is not UTF-8 text"),
         ("", "must be a mapping"),
         ("# nothing but words", "must be a mapping"),
         ("- accuracy", "must be a mapping"),

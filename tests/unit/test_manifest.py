@@ -9,6 +9,7 @@ import pytest
 from oprd.lineage import manifest as module
 from oprd.lineage.hashing import combined_hash, folder_hashes
 from oprd.lineage.manifest import Manifest, differing_inputs, read_manifest, run_name, total_cost
+from oprd.training.stopping import Stopped
 from runs import identity, make_run, record
 
 
@@ -62,12 +63,36 @@ def test_finished_with_the_content_of_final(run):
     assert files.keys() == {"config.json", "model.safetensors"}
 
 
+def test_a_full_disk_does_not_hide_what_went_wrong(run, clock, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    manifest = start(run)
+    manifest.update()
+    monkeypatch.setattr("oprd.lineage.manifest.write_json", full)
+    manifest.fail(RuntimeError("the error itself"))
+    assert manifest.content["status"] == "failed"
+
+
+def test_a_run_whose_record_is_missing_goes_on_with_its_last_session(run, clock):
+    manifest = start(run)
+    clock.now += 40
+    manifest.update(force=True)
+    clock.now += 1000  # killed, and repeated much later
+    again = Manifest.reopen(run)
+    clock.now += 2
+    again.update(force=True)
+    content = read_manifest(run)
+    assert len(content["sessions"]) == 1 and content["cost"]["wall_seconds"] == 42
+
+
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
         (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory"),
         (SystemExit(1), "failed", "SystemExit: 1"),
         (KeyboardInterrupt(), "interrupted", "interrupted"),
+        (Stopped("stopped by SIGTERM at step 3"), "interrupted", "stopped by SIGTERM at step 3"),
     ],
 )
 def test_an_error_is_kept(run, clock, error, status, told):

@@ -310,6 +310,7 @@ def test_what_vllm_is_given(vllm, folder):
     assert vllm.llm == {
         "model": folder,
         "dtype": "float16",
+        "load_format": "safetensors",
         "revision": None,
         "trust_remote_code": True,
         "tensor_parallel_size": 2,

@@ -35,7 +35,11 @@ def run(models, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     manifest = {
         "schema": SCHEMA,
+        "run": "some-run",
         "directory": str(home),
+        "config": {},
+        "sessions": [{}],
+        "cost": {},
         "student": model_record(str(models / "student")),
         "teacher": model_record("models/teacher"),
     }

@@ -3,5 +3,6 @@
 from oprd.bridge.bridge import Bridge
 from oprd.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
 from oprd.bridge.fit import BridgeFitter
+from oprd.bridge.teacher_side import TeacherSide
 
-__all__ = ["Bridge", "BridgeFitter", "model_fingerprint", "tokenizer_fingerprint"]
+__all__ = ["Bridge", "BridgeFitter", "TeacherSide", "model_fingerprint", "tokenizer_fingerprint"]

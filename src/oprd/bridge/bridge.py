@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from oprd.bridge.teacher_side import TeacherSide, project
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "bridge.safetensors", "bridge.json"
@@ -53,6 +56,12 @@ class Bridge:
             "teacher_map": teacher_maps.detach(),
             "teacher_mean": teacher_means.detach(),
         }
+        for name in ("student_map", "teacher_map"):
+            if self._tensors[name].ndim != 3 or 0 in self._tensors[name].shape:
+                shape = tuple(self._tensors[name].shape)
+                raise ValueError(f"bridge {name} has shape {shape}, expected layers x rank x width of at least 1. Fit it again.")
+        if any(layer < 1 for layer in self.layer_map):
+            raise ValueError(f"bridge layer_map {self.layer_map} must count teacher layers from 1. Fit it again.")
         depth, rank = len(self.layer_map), student_maps.shape[1]
         expected = {
             "student_map": (depth, rank, student_maps.shape[-1]),
@@ -64,7 +73,9 @@ class Bridge:
             if tensor is None:
                 continue
             if tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"bridge {name} has shape {tuple(tensor.shape)}, expected {expected[name]}.")
+                raise ValueError(
+                    f"bridge {name} has shape {tuple(tensor.shape)}, expected {expected[name]}. Fit it again."
+                )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"bridge {name} holds values that are not finite (NaN or infinity). Fit it again.")
         self.report = dict(report or {})
@@ -95,14 +106,9 @@ class Bridge:
         if not 1 <= layer <= len(self.layer_map):
             raise ValueError(f"The bridge has layers 1..{len(self.layer_map)} of the student, not {layer}.")
         linear, mean = (self._tensors[f"{side}_{part}"] for part in ("map", "mean"))
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        states = states.to(dtype)
         if states.shape[-1] != linear.shape[-1]:
             raise ValueError(f"The bridge takes {side} states of width {linear.shape[-1]}, not {states.shape[-1]}.")
-        if mean is not None:
-            states = states - mean[layer - 1].to(states)
-        with torch.autocast(states.device.type, enabled=False):
-            return states @ linear[layer - 1].to(states).T
+        return project(states, linear[layer - 1], None if mean is None else mean[layer - 1])
 
     def project_student(self, layer: int, states: Tensor) -> Tensor:
         """``P_S h`` of student layer ``layer`` (from 1): ``[..., d_S] -> [..., r]``. Gradients reach the states only."""
@@ -111,6 +117,11 @@ class Bridge:
     def project_teacher(self, layer: int, states: Tensor) -> Tensor:
         """``P_T (h - mu_T)`` of the teacher layer that *student* layer ``layer`` is paired with: ``[..., r]``."""
         return self._project("teacher", layer, states)
+
+    @cached_property
+    def teacher_side(self) -> TeacherSide:
+        """What a teacher elsewhere needs of the bridge."""
+        return TeacherSide(self._tensors["teacher_map"], self._tensors["teacher_mean"])
 
     def to(self, device: torch.device | str) -> Bridge:
         """The same bridge on another device."""
@@ -175,26 +186,30 @@ class Bridge:
             raise ValueError(f"{directory / DESCRIPTION} is not a bridge's description ({error}). {again}") from error
         if description.get("format") != FORMAT:
             raise ValueError(
-                f"{directory / DESCRIPTION} has format {description.get('format')!r}; this version reads {FORMAT}."
+                f"{directory / DESCRIPTION} has format {description.get('format')!r}; this version reads {FORMAT}. Fit it again "
+                "with oprd bridge fit, or use the version of oprd that wrote it."
             )
         if seal != _seal(description):
             raise ValueError(f"{directory / DESCRIPTION} was changed since it was written. {again}")
         weights = (directory / WEIGHTS).read_bytes()
-        if hashlib.sha256(weights).hexdigest() != description["weights_sha256"]:
+        if hashlib.sha256(weights).hexdigest() != description.get("weights_sha256"):
             raise ValueError(f"{directory / WEIGHTS} is truncated or was changed since it was written. {again}")
         try:
             tensors = load(weights)
         except SafetensorError as error:
             raise ValueError(f"{directory / WEIGHTS} cannot be read ({error}). {again}") from error
-        return cls(
-            description["layer_map"],
-            tensors["student_map"],
-            tensors.get("student_mean"),
-            tensors["teacher_map"],
-            tensors["teacher_mean"],
-            report=description["report"],
-            fitted_for=description["fitted_for"],
-        )
+        try:
+            return cls(
+                description["layer_map"],
+                tensors["student_map"],
+                tensors.get("student_mean"),
+                tensors["teacher_map"],
+                tensors["teacher_mean"],
+                report=description["report"],
+                fitted_for=description["fitted_for"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{directory} holds no whole bridge ({error}). {again}") from error
 
     def check_fitted_for(self, found: Mapping[str, str]) -> None:
         """Refuse models or tokenizers other than those that the bridge was fitted for.

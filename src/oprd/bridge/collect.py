@@ -15,10 +15,20 @@ from torch import Tensor, nn
 from oprd.bridge.fit import BridgeFitter
 from oprd.bridge.moments import Moments
 from oprd.bridge.report import Sample
-from oprd.states import PositionPairs, Reading, Rollout, visit_states
+from oprd.records import sync
+from oprd.states import (
+    PositionPairs,
+    Question,
+    Reading,
+    Rollout,
+    TeacherElsewhere,
+    answer,
+    autocast_dtype,
+    visit_states,
+)
 
 MOST_CONTROL_LAYERS = 4
-SHUFFLED, RANDOM_TEACHER, RANDOM_STUDENT = "shuffled_pairs", "random_teacher", "random_student"
+SHUFFLED, RANDOM_TEACHER, RANDOM_STUDENT = CONTROLS = ("shuffled_pairs", "random_teacher", "random_student")
 
 
 def control_layers(depth: int) -> list[int]:
@@ -27,13 +37,18 @@ def control_layers(depth: int) -> list[int]:
     return sorted({1 + round(place * (depth - 1) / max(count - 1, 1)) for place in range(count)})
 
 
+def before_of(path: Path) -> Path:
+    """Where the file is kept that ``path`` has replaced: of several processes one may be killed before it saves, another after."""
+    return path.with_name(f"{path.stem}.before{path.suffix}")
+
+
 class Collection:
     """A fitter, its controls, and how many batches went in.
 
     Args:
         layer_map, student_dim, teacher_dim: as of `BridgeFitter`.
-        controls: whether to feed controls as well: the same rows with the pairs shuffled, and either model replaced by a
-            randomly initialised one. Each is fitted like the bridge, at up to four layers.
+        controls: which of `CONTROLS` to feed as well: the same rows with the pairs shuffled, and either model replaced by a
+            randomly initialised one. Each is fitted like the bridge, at up to four layers. True is all, False none.
         device: where sums are kept.
         seed: of the held-out sample; another one for each process.
     """
@@ -44,14 +59,14 @@ class Collection:
         student_dim: int,
         teacher_dim: int,
         *,
-        controls: bool = True,
+        controls: bool | Sequence[str] = True,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
         self.fitter = BridgeFitter(layer_map, student_dim, teacher_dim, device=device)
         self.layers = control_layers(len(layer_map))
         few = [layer_map[layer - 1] for layer in self.layers]
-        names = (SHUFFLED, RANDOM_TEACHER, RANDOM_STUDENT) if controls else ()
+        names = CONTROLS if controls is True else tuple(controls or ())
         self.controls = {name: BridgeFitter(few, student_dim, teacher_dim, device=device) for name in names}
         for fitter in self._fitters().values():
             fitter.sample = Sample(seed=seed)
@@ -132,10 +147,18 @@ class Collection:
                 for side in ("student", "teacher"):
                     for layer, rows in enumerate(getattr(fitter.sample, side)):
                         tensors[f"{name}/sample/{side}/{layer}"] = rows.contiguous()
-        about = {"key": key, "batches": self.batches, "counts": counts}
+        tensors |= {f"before/{layer}": rows.contiguous() for layer, rows in enumerate(self._before)}
+        about = {"key": key, "batches": self.batches, "counts": counts, "before": len(self._before)}
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"about": json.dumps(about, sort_keys=True)})
-        os.replace(partial, path)
+        try:
+            save_file(tensors, partial, metadata={"about": json.dumps(about, sort_keys=True)})
+            sync(partial)
+            if path.exists():
+                os.replace(path, before_of(path))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
 
     def load(self, path: Path, key: dict) -> bool:
         """Take up what `save` wrote, if it is there and belongs to ``key``; says whether it did."""
@@ -156,8 +179,20 @@ class Collection:
                     sample.student = [file.get_tensor(f"{name}/sample/student/{layer}") for layer in depth]
                     sample.teacher = [file.get_tensor(f"{name}/sample/teacher/{layer}") for layer in depth]
                 fitter.sample = sample
+            self._before = [
+                file.get_tensor(f"before/{layer}").to(self.fitter.device) for layer in range(about["before"])
+            ]
             self.batches = about["batches"]
         return True
+
+    @staticmethod
+    def batches_in(path: Path, key: dict) -> int | None:
+        """How many batches `load` would take up; None if there is no such file or it belongs to something else."""
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+        return about["batches"] if about["key"] == json.loads(json.dumps(key)) and "before" in about else None
 
     @staticmethod
     def _moments(file, prefix: str, counts: dict[str, int], fitter: BridgeFitter) -> list[Moments]:
@@ -176,7 +211,13 @@ class Collection:
 
 @torch.no_grad()
 def _states(model: nn.Module, reading: Reading, layers: Sequence[int], pairs: PositionPairs, side: str) -> list[Tensor]:
-    """States at the pairs, ``[N, d]`` for each of ``layers`` in their order (a layer may come twice)."""
+    """States at the pairs, ``[N, d]`` for each of ``layers`` in their order (a layer may come twice). A teacher elsewhere gives
+    them in autocast's dtype, where that is on."""
+    if isinstance(model, TeacherElsewhere):
+        places, dtype = pairs.teacher_places(reading.ids_BS.shape[1]), autocast_dtype(reading.ids_BS.device)
+        asked = Question(reading, places, {layer: layer for layer in layers}, dtype=dtype)
+        found = answer(model, asked).layers
+        return [found[layer] for layer in layers]
     gather = pairs.of_student if side == "student" else pairs.of_teacher
     _, found = visit_states(model, reading, sorted(set(layers)), lambda _, states_BSd: gather(states_BSd))
     return [found[layer] for layer in layers]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from oprd.models import causal_lm, gathered
+from oprd.models import causal_lm, gathered, whole
+from oprd.states import TeacherElsewhere
 
 SAMPLES = 64  # values of each weight that take part
 DIGITS = 32
@@ -20,18 +21,20 @@ def model_fingerprint(model: nn.Module) -> str:
     """Names, shapes and evenly spaced values of every weight of the base model, rounded to bf16.
 
     Rounded, so that a checkpoint is itself whether loaded in float32 or bf16; sampled, so that it takes a second for
-    billions of parameters. Adapters around a base model do not count.
+    billions of parameters. Adapters around a base model do not count. A teacher elsewhere
+    says its own.
     """
+    if isinstance(model, TeacherElsewhere):
+        return model.fingerprint
     digest = hashlib.sha256()
     for name, parameter in sorted(causal_lm(model).named_parameters()):
         if "lora_" in name or ".modules_to_save." in name:
             continue
-        values = gathered(parameter).detach().flatten()
-        places = torch.linspace(0, values.numel() - 1, min(SAMPLES, values.numel()), dtype=torch.float64).long()
-        sample = values[places.to(values.device)].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(
-            f"{name.replace('.base_layer', '').replace('.original_module', '')}{tuple(parameter.shape)}".encode()
-        )
+        with whole(parameter):
+            shape, values = tuple(parameter.shape), gathered(parameter).detach().flatten()
+            places = torch.linspace(0, values.numel() - 1, min(SAMPLES, values.numel()), dtype=torch.float64).long()
+            sample = values[places.to(values.device)].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name.replace('.base_layer', '').replace('.original_module', '')}{shape}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
 

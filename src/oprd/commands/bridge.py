@@ -7,6 +7,7 @@ import json
 import sys
 import textwrap
 
+from oprd.commands.launching import launch
 from oprd.commands.shared import describe_settings, show_events, show_rows
 from oprd.training.options import BRIDGE_HELP, DATA_HELP
 
@@ -30,11 +31,18 @@ def run_bridge(arguments: list[str]) -> int:
         if not rest or {"-h", "--help"} & set(rest):
             print(fit_help())
             return 0 if rest else 2
+        status = launch(["bridge", "fit"], rest)
+        if status is not None:
+            return status
         as_json = "--json" in rest
         show_events()
         from oprd.training.run import fit
+        from oprd.training.stopping import Stopped
 
-        directory, bridge, is_main = fit([argument for argument in rest if argument != "--json"])
+        try:
+            directory, bridge, is_main = fit([argument for argument in rest if argument != "--json"])
+        except Stopped:  # it has said so
+            return 0
         return _show_bridge(bridge, directory / "plots", as_json) if is_main else 0
     options = _bridge_parser().parse_args(arguments)
     from oprd.bridge import Bridge
@@ -64,8 +72,11 @@ def _show_bridge(bridge, plots: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"bridge": repr(bridge), "fitted_for": bridge.fitted_for, **bridge.report}, indent=2))
         return 0
-    if "ranks" not in bridge.report:
-        raise ValueError("This bridge carries no report: it was not made by a fit.")
+    if (
+        not isinstance(bridge.report.get("ranks"), list)
+        or not {"rank", "fit", "layers", "explained"} <= bridge.report.keys()
+    ):
+        raise ValueError("bridge.json carries no whole report: a fit makes it. Fit it again with oprd bridge fit.")
     print(bridge)
     for line in verdict(bridge.report):
         print(f"  {line}")

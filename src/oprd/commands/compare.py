@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from oprd.commands.shared import show_events, show_rows
 
@@ -36,7 +37,9 @@ def run_compare(options: argparse.Namespace) -> int:
     show_events()
     from oprd.insight.compare import compare, open_contenders, table_rows
     from oprd.insight.plots import plot_bubbles
+    from oprd.records import check_folder
 
+    check_folder(Path(options.plot).parent, "--plot")
     rows, notes = compare(open_contenders(options.runs), benchmarks=options.on, metric=options.metric)
     if options.json:
         print(json.dumps(rows, indent=2))

@@ -43,7 +43,7 @@ def run_plan(arguments: list[str]) -> int:
     options, arguments = own.parse_known_args(arguments)
     for name in ("gpus", "gpu_memory", "prompt_tokens"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} must be positive, got {value:g}.")
     show_events()
     from oprd.insight.recipe_plan import plan_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oprd.commands.launching import LAUNCH_HELP, launch
 from oprd.commands.shared import describe_settings, show_events, show_rows
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 
@@ -10,7 +11,8 @@ The student is model_name_or_path, the teacher teacher_model_name_or_path. Every
 transformers.TrainingArguments and trl.ModelConfig works too (learning_rate, max_steps, max_completion_length, use_vllm,
 use_peft, lora_r, ...). Keys on the command line win over the recipe; an unknown key is an error.
 
-several processes:  accelerate launch -m oprd train --config recipe.yaml
+several processes:  oprd train --config recipe.yaml --accelerate_config fsdp2 --num_processes 8
+            or:     accelerate launch -m oprd train --config recipe.yaml
 """
 
 
@@ -31,6 +33,7 @@ def train_help() -> str:
         describe_settings("bridge: auto", BRIDGE_HELP),
         describe_settings("benchmarks during training", BENCHMARK_HELP),
         describe_settings("second stage", {"then": THEN_HELP}),
+        describe_settings("several processes (command line only)", LAUNCH_HELP),
     ]
     return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), *tables])
 
@@ -40,6 +43,9 @@ def run_train(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(train_help())
         return 0 if arguments else 2
+    status = launch(["train"], arguments)
+    if status is not None:
+        return status
     as_json = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
     show_events()
@@ -48,8 +54,12 @@ def run_train(arguments: list[str]) -> int:
     from oprd.insight.tables import run_summary
     from oprd.training.callbacks import read_metrics
     from oprd.training.run import run
+    from oprd.training.stopping import Stopped
 
-    directory, is_main = run(arguments)
+    try:
+        directory, is_main = run(arguments)
+    except Stopped:  # it has said so
+        return 0
     if is_main:
         metrics = read_metrics(directory / "metrics.jsonl")
         plot_runs({directory.name: metrics}, directory / "plots")

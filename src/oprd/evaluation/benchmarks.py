@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oprd.prompts import FILE_KINDS, PromptRow, as_messages, odd_kind, read_prompts
+from oprd.prompts import FILE_KINDS, PromptRow, as_messages, check_kind, odd_kind, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def _source(name: str, split: str | None) -> tuple[str, dict[str, str]]:
         if split is not None:
             raise ValueError(f"split={split} would be ignored: {name} is a file.")
         return Path(name).stem.removeprefix("miniature:"), {"name": name}
+    check_kind(Path(name))
     if key in NAMED:
         return key, NAMED[key] | ({} if split is None else {"split": split})
     if "/" not in name:
@@ -99,7 +101,9 @@ def _source(name: str, split: str | None) -> tuple[str, dict[str, str]]:
 def _format(rows: Sequence[PromptRow], wanted: str, has_template: bool, name: str) -> str:
     """chat or text. ``auto``: chat messages and bare statements become chat where the model has a template for it."""
     if wanted == "chat" and not has_template:
-        raise ValueError("prompt_format: chat needs a chat template, and the model's tokenizer has none.")
+        raise ValueError(
+            "prompt_format: chat needs a chat template, and the model's tokenizer has none. Use prompt_format: text or auto."
+        )
     if wanted != "auto":
         return wanted
     is_text = isinstance(rows[0].prompt, str)
@@ -138,6 +142,10 @@ def load_benchmark(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
     short, source = _source(name, split)
+    if not re.fullmatch(r"\w[\w.+ -]*", short):  # results go to a folder of this name
+        raise ValueError(
+            f"The benchmark {name} would be called {short!r}. Rename it: letters, digits, '.', '-' and '_'."
+        )
     rows = read_prompts(**source, drop_duplicates=True, **columns)[:limit]
     for row in rows:
         if not (row.answer or "").strip():

@@ -16,6 +16,7 @@ from oprd.evaluation.benchmarks import Benchmark, Problem, problem_id
 from oprd.evaluation.grading import extract_boxed, judge
 from oprd.evaluation.sampling import Engine, Sampling, TransformersEngine
 from oprd.evaluation.summary import Evaluation, Graded, graded_of
+from oprd.models import apply_template
 from oprd.records import read_json, whole_lines, write_json, write_text
 
 RESPONSES, PROBLEMS, SETTINGS, SUMMARY = "responses.jsonl", "problems.json", "settings.json", "summary.json"
@@ -34,9 +35,8 @@ def encode_prompts(
         if isinstance(problem.prompt, str):
             ids = tokenizer(problem.prompt)["input_ids"]
         else:
-            ids = tokenizer.apply_chat_template(
-                problem.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(template or {})
-            )["input_ids"]
+            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | (template or {})
+            ids = apply_template(tokenizer, problem.prompt, **how)["input_ids"]
         if not ids:
             raise ValueError(f"Problem {place} ({problem.id}) has no tokens in this model's vocabulary.")
         encoded.append(ids)
@@ -288,8 +288,21 @@ def read_evaluation(directory: Path) -> tuple[Evaluation, dict[str, Any]]:
     if not (directory / SUMMARY).exists():
         raise ValueError(f"{directory} holds no finished evaluation ({SUMMARY} is missing). Run oprd eval first.")
     try:
-        return Evaluation.of(graded_of(row) for row, _ in whole_lines(directory / RESPONSES)), read_json(
-            directory / SUMMARY
-        )
+        summary = read_summary(directory / SUMMARY)
+        return Evaluation.of(graded_of(row) for row, _ in whole_lines(directory / RESPONSES)), summary
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+        raise ValueError(f"{directory}: {error} Remove that folder, then run oprd eval again.") from error
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A ``summary.json``.
+
+    Raises:
+        ValueError: not JSON, or without what every one has.
+    """
+    summary = read_json(path)
+    whole = isinstance(summary, dict) and {"samples", "problems", "avg_at_k", "best_at_k", "settings"} <= summary.keys()
+    settings = summary["settings"] if whole and isinstance(summary["settings"], dict) else {}
+    if not {"benchmark", "sampling", "engine"} <= settings.keys() or not isinstance(settings["benchmark"], dict):
+        raise ValueError(f"{path} is no summary of an evaluation. Remove its folder, and evaluate again.")
+    return summary

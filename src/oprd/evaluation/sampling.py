@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from oprd.model_files import check_finite, check_model, check_tensors, load_tokenizer, warn_of_code
 from oprd.models import end_of_turn, end_token_ids, text_config
 
 DEFAULT_MAX_NEW_TOKENS = 32768
@@ -184,19 +185,44 @@ def load_engine(
     Raises:
         ValueError: an unknown engine, vLLM options without vLLM, or vLLM not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    warn_of_code(model, trust_remote_code)
     vllm = {name: value for name, value in vllm.items() if value is not None}
     if engine == "vllm":
         if device is not None:
             raise ValueError("device would be ignored: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names.")
-        return VLLMEngine(model, AutoTokenizer.from_pretrained(model, **shared), dtype=dtype, **shared, **vllm)
+        safe = {"load_format": "safetensors"}
+        return VLLMEngine(model, load_tokenizer(model, "model", **shared), dtype=dtype, **shared, **safe, **vllm)
     if engine != "transformers":
         raise ValueError(f"engine must be transformers or vllm, got {engine!r}.")
     if vllm:
         raise ValueError(f"{', '.join(vllm)} would be ignored: these are options of engine: vllm.")
-    tokenizer = AutoTokenizer.from_pretrained(model, **shared)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **shared)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be auto or a number format such as float32 or bfloat16, got {dtype!r}.")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return TransformersEngine(loaded.to(device or accelerator).eval(), tokenizer)
+    place = _device(device or accelerator)
+    check_model(model, "model", trust_remote_code=trust_remote_code)
+    check_tensors(model, "model", **shared)
+    tokenizer = load_tokenizer(model, "model", **shared)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, **shared)
+    check_finite(loaded, "model")
+    return TransformersEngine(loaded.to(place).eval(), tokenizer)
+
+
+def _device(name: Any) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: no such device, or none of that kind or number here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device {name} is not there ({reason}). Name one of this machine, such as cpu or cuda:0."
+        ) from error
+    return device

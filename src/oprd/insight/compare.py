@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oprd.evaluation.evaluate import SUMMARY, read_evaluation
+from oprd.evaluation.evaluate import SUMMARY, read_evaluation, read_summary
 from oprd.evaluation.summary import paired
 from oprd.lineage.evaluations import find_evaluations, last_update, of_final
 from oprd.lineage.manifest import NAME, read_manifest
-from oprd.records import read_json
 
 SETTINGS = ("samples", "temperature", "top_p", "max_new_tokens")
 
@@ -88,7 +87,7 @@ def open_contender(path: str) -> Contender:
             raise ValueError(f"{folder} has no evaluation of its final student: oprd eval {folder} --on BENCHMARK")
         return Contender(manifest["run"], {name: one.directory for name, one in chosen.items()}, manifest["cost"])
     if (folder / SUMMARY).exists():
-        name = read_json(folder / SUMMARY)["settings"]["benchmark"]["name"]
+        name = read_summary(folder / SUMMARY)["settings"]["benchmark"]["name"]
         return Contender(f"{named.parent.name}/{named.name}", {name: folder})
     below = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{SUMMARY}"))}
     if not below:

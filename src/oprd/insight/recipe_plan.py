@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from trl import get_peft_config
 from oprd.bridge import Bridge
 from oprd.insight.planner import GB, Plan, Setup, plan_setup
 from oprd.insight.simulate import Shapes
+from oprd.model_files import check_model
 from oprd.models import resolve_path
 from oprd.objectives import select_layers
 from oprd.training.preflight import check_attention
 from oprd.training.recipe import Configs, find_recipe, parse
+from oprd.training.recipe_file import read_recipe
 from oprd.training.source import Source
 
 PROMPT_TOKENS = 512  # where nothing says how long prompts are
@@ -49,6 +52,11 @@ def setup_of(
     check_attention(args, model.attn_implementation)
     if sharding != "none" and processes == 1:
         raise ValueError(f"--sharding {sharding} splits nothing over one GPU: set --gpus.")
+    if args.teacher_url is not None:
+        raise ValueError(
+            "A plan is of models here: name a teacher of the same shape as teacher_model_name_or_path, without teacher_url. "
+            "Its weights and its forward are then in the plan, and not in your run."
+        )
     if model.model_name_or_path is None or args.teacher_model_name_or_path is None:
         raise ValueError("A plan needs both models: set model_name_or_path and teacher_model_name_or_path.")
     student, teacher = (
@@ -126,6 +134,9 @@ def setup_of(
 
 
 def _config(key: str, name: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    role = "teacher" if key.startswith("teacher") else "student"
+    if Path(resolve_path(name)).exists():
+        check_model(resolve_path(name), role, trust_remote_code=trust_remote_code, weights=False)
     try:
         return Source(resolve_path(name), revision, trust_remote_code).config
     except OSError as error:
@@ -330,8 +341,7 @@ def _spoken(arguments: list[str]) -> dict[str, Any]:
     """What the recipe and the command line say, as it stands there."""
     said: dict[str, Any] = {}
     if "--config" in arguments[:-1]:
-        loaded = yaml.safe_load(find_recipe(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        said = loaded if isinstance(loaded, dict) else {}
+        said = read_recipe(find_recipe(arguments[arguments.index("--config") + 1]))
     pairs = zip(arguments, [*arguments[1:], "true"], strict=True)
     return said | {key[2:]: yaml.safe_load(value) for key, value in pairs if key.startswith("--")}
 

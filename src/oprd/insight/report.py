@@ -15,7 +15,7 @@ from oprd.insight.charts import Chart, Curve, area_chart, interval_chart, line_c
 from oprd.insight.compare import interval, p_value, result_row
 from oprd.lineage.evaluations import Found, find_evaluations, last_update
 from oprd.lineage.manifest import read_manifest
-from oprd.records import read_json, write_text
+from oprd.records import check_folder, read_json, write_text
 from oprd.training.callbacks import read_metrics
 from oprd.training.validation import best_score
 
@@ -269,6 +269,7 @@ def report_page(run: Path) -> str:
 def write_report(run: Path, path: Path | None = None) -> Path:
     """Write the page to ``path``, by default the run's ``report.html``."""
     path = Path(run) / "report.html" if path is None else Path(path)
+    check_folder(path.parent, "--out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, report_page(Path(run)))
     return path

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oprd.records import read_json
-
 EVALUATIONS = "evaluations"
 SUMMARY = "summary.json"
 ROLES = ("final", "best", "student", "teacher")
@@ -32,9 +30,11 @@ class Found:
 
 def find_evaluations(run: Path) -> list[Found]:
     """Every finished evaluation of a run, in the order of names."""
+    from oprd.evaluation.evaluate import read_summary  # here, for the command line reads this file first
+
     found = []
     for path in sorted(Path(run).glob(f"{EVALUATIONS}/*/*/{SUMMARY}")):
-        found.append(Found(path.parent.parent.name, path.parent.name, path.parent, read_json(path)))
+        found.append(Found(path.parent.parent.name, path.parent.name, path.parent, read_summary(path)))
     return found
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from oprd.evaluation.summary import Evaluation, paired
+from oprd.yaml_file import read_yaml
 
 # group -> threshold -> metric, how it is read (value, difference to the baseline, ratio to it in percent), its direction
 GATES: dict[str, dict[str, tuple[str, str, str]]] = {
@@ -63,10 +62,7 @@ def read_gates(path: Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no {path}. A gates file says, for example: accuracy: {{min: 40, max_drop: 2}}")
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a mapping, such as accuracy: {{min: 40, max_drop: 2}}")
     _known(str(path), config, {*GATES, *SETTINGS})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from oprd.records import read_json, write_json
 NAME = "manifest.json"
 SCHEMA = 1
 INPUTS = ("student", "teacher", "bridge", "data")
+PARTS = {"run": str, "directory": str, "config": dict, "student": dict, "teacher": dict, "sessions": list, "cost": dict}
+COSTS = {"wall_seconds", "device_hours", "peak_memory_bytes", "tokens_trained"}
 WRITE_SECONDS = 5.0
 
 
@@ -39,7 +42,18 @@ def read_manifest(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} is not a run of oprd train: it holds no {NAME}.")
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has another schema than {SCHEMA}: it was written by another version of oprd.")
+        raise ValueError(
+            f"{path} has another schema than {SCHEMA}: it was written by another version of oprd. Use that one."
+        )
+    for key, kind in PARTS.items():
+        if not isinstance(manifest.get(key), kind) or (key == "sessions" and not manifest[key]):
+            words = {str: "text", dict: "an object", list: "a list that is not empty"}[kind]
+            raise ValueError(f"{path} is damaged: its {key} must be {words}. Restore the file.")
+    if manifest["cost"] and not manifest["cost"].keys() >= COSTS:
+        raise ValueError(f"{path} is damaged: its cost must have {', '.join(sorted(COSTS))}. Restore the file.")
+    for role in ("student", "teacher"):
+        if not {"name", "hash"} <= manifest[role].keys():
+            raise ValueError(f"{path} is damaged: its {role} has no name or no hash. Restore the file.")
     return manifest
 
 
@@ -112,7 +126,7 @@ class Manifest:
             before, after = content["config"], identity["config"]
             changed = {k: [before.get(k), after.get(k)] for k in {**before, **after} if before.get(k) != after.get(k)}
             session |= {"changed_settings": changed} if changed else {}
-            content["config"] = after
+            content |= {"config": after, "final": None}
             content["sessions"].append(session)
         else:
             content = {
@@ -127,6 +141,13 @@ class Manifest:
             }
         content["status"] = "running"
         return cls(run, content)
+
+    @classmethod
+    def reopen(cls, run: Path) -> Manifest:
+        """Go on with the last session, whose work is done."""
+        manifest = cls(run, read_manifest(run))
+        manifest._clock -= manifest.content["sessions"][-1]["wall_seconds"]
+        return manifest
 
     def update(self, *, force: bool = False, **session: Any) -> None:
         """Take in what the session has cost so far, and write unless that was done a moment ago."""
@@ -149,9 +170,12 @@ class Manifest:
         """The run stopped with an error; one that never began leaves nothing behind."""
         if self._written is None:
             return
-        stopped = isinstance(error, KeyboardInterrupt)
+        on_request = isinstance(error, SystemExit) and error.code == 0
+        stopped = on_request or isinstance(error, KeyboardInterrupt)
         self.content |= {"status": "interrupted" if stopped else "failed"}
-        self.update(force=True, error="interrupted" if stopped else f"{type(error).__name__}: {error}")
+        told = str(error) if on_request else "interrupted"
+        with suppress(OSError):  # a full disk is what the error may be about
+            self.update(force=True, error=told if stopped else f"{type(error).__name__}: {error}")
 
 
 def total_cost(sessions: list[dict[str, Any]]) -> dict[str, Any]:

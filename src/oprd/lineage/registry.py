@@ -98,12 +98,14 @@ class Registry:
             raise ValueError(
                 f"{final} is not promoted: {fault}. Run its gates (oprd gate), or say why to do without (--without_gate REASON)."
             )
-        made = (json.loads(manifest.read_bytes()).get("final") or {}).get("hash") if manifest.is_file() else None
+        said_then = records.read_json(manifest) if manifest.is_file() else {}
+        made = ((said_then.get("final") if isinstance(said_then, dict) else None) or {}).get("hash")
         if made not in (None, model_hash):
             raise ValueError(
                 f"{final} has changed since its run wrote it: its manifest.json names other content. Restore it."
             )
         _refuse_active(self._read(), model_hash)  # before the copy, which takes long; and again after it
+        records.check_folder(self.directory, "registry")
         with self._incoming() as incoming:
             hashing.copy_folder(final, incoming)
             if hashing.folder_hashes(incoming) != files:
@@ -170,6 +172,8 @@ class Registry:
         return to
 
     def _read(self) -> dict[str, Any]:
+        if self.directory.is_file():
+            raise ValueError(f"The registry {self.directory} is a file. Name a folder.")
         path, link = self.directory / "registry.json", self.directory / "current"
         linked = os.path.lexists(link)  # looked up first: a link is never older than registry.json
         try:
@@ -178,6 +182,11 @@ class Registry:
                 active = [e["version"] for e in registry["versions"] if e["state"] == "active"]
                 if registry["current"] not in (active or [None]) or not isinstance(registry["history"], list):
                     raise ValueError("it contradicts itself")
+                for entry in registry["versions"]:
+                    if type(entry["version"]) is not int or entry["version"] < 1:  # a folder is named by it
+                        raise ValueError(f"version {entry['version']!r} is no number")
+                    if not isinstance(entry["files"], dict):
+                        raise ValueError(f"version {entry['version']} has no files")
         except FileNotFoundError:
             if linked:
                 raise ValueError(f"{path} is gone, though {link} exists. Restore it from a backup.") from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from oprd.evaluation.benchmarks import Benchmark, load_benchmark
 from oprd.evaluation.evaluate import encode_prompts, record, room_for
@@ -17,7 +17,9 @@ from oprd.lineage.card import write_card
 from oprd.lineage.evaluations import EVALUATIONS
 from oprd.lineage.inputs import model_record
 from oprd.lineage.manifest import NAME, read_manifest
+from oprd.model_files import check_model, load_tokenizer
 from oprd.models import MINIATURE_PREFIX, resolve_path
+from oprd.records import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,11 @@ def subjects_of(model: str, roles: Sequence[str], out: str | None, revision: str
             subjects.append(Subject(f"{run.name} {role}", str(run / role), None, base / role))
         else:
             made = manifest[role]
+            if "://" in made["name"]:
+                raise ValueError(
+                    f"The {role} of {run} was at {made['name']}, and its files are not here. Evaluate it where they are: "
+                    "oprd eval PATH_OR_HUB_ID."
+                )
             path = resolve_path(made["name"])
             if not Path(path).exists() and (Path(manifest["directory"]) / path).exists():
                 path = str(Path(manifest["directory"]) / path)
@@ -98,11 +105,12 @@ def score_models(
     trust = loading.get("trust_remote_code", False)
     plans: list[tuple[Subject, list[tuple[Benchmark, Sampling]], dict[str, Any]]] = []
     for subject in subjects:
+        check_model(subject.path, "model", trust_remote_code=trust, weights=subject.expected is None)
         made = model_record(subject.path, subject.revision)
         if subject.expected is not None and made["hash"] != subject.expected:
             raise ValueError(f"{subject.path} is not what it was when the run began: its content has changed.")
         where = {"revision": subject.revision, "trust_remote_code": trust}
-        tokenizer = AutoTokenizer.from_pretrained(subject.path, **where)
+        tokenizer = load_tokenizer(subject.path, "model", **where)
         context = getattr(
             AutoConfig.from_pretrained(subject.path, **where).get_text_config(), "max_position_embeddings", None
         )
@@ -114,6 +122,7 @@ def score_models(
                 raise ValueError(
                     f"Two benchmarks are called {benchmark.name}. Rename one of the files, or evaluate it with another --out."
                 )
+            check_folder(subject.out / benchmark.name, "--out")
             try:
                 encoded = encode_prompts(tokenizer, benchmark.problems, template)
                 room = room_for(encoded, context, max_new_tokens, DEFAULT_MAX_NEW_TOKENS)

@@ -84,7 +84,7 @@ def _evaluate(name: str, path: str, max_new_tokens: int) -> dict[str, object]:
 
     from oprd.evaluation.evaluate import evaluate
 
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(path)
     result = evaluate(
         model,

@@ -2,10 +2,11 @@
 
 from oprd.states.alignment import align_ends
 from oprd.states.attention import check_packed_attention, use_packed_attention
-from oprd.states.capture import visit_states
+from oprd.states.capture import read_one_token, visit_states
 from oprd.states.crossing import Crossing
 from oprd.states.packing import deal, fill, only, pack
 from oprd.states.prefixes import PrefixIndex
+from oprd.states.questions import Question, TeacherElsewhere, TeacherStates, answer, autocast_dtype
 from oprd.states.tiling import tile_mlps
 from oprd.states.views import PositionPairs, Reading, Rollout, TeacherText, make_rollout
 from oprd.states.vocabulary import Vocabulary, token_byte_ends, vocabulary_of
@@ -14,17 +15,23 @@ __all__ = [
     "Crossing",
     "PositionPairs",
     "PrefixIndex",
+    "Question",
     "Reading",
     "Rollout",
+    "TeacherElsewhere",
+    "TeacherStates",
     "TeacherText",
     "Vocabulary",
     "align_ends",
+    "answer",
+    "autocast_dtype",
     "check_packed_attention",
     "deal",
     "fill",
     "make_rollout",
     "only",
     "pack",
+    "read_one_token",
     "tile_mlps",
     "token_byte_ends",
     "use_packed_attention",

@@ -81,6 +81,13 @@ def visit_states(
     return last_BSd, results
 
 
+@torch.no_grad()
+def read_one_token(model: nn.Module, reading: Reading, top_layer: int) -> None:
+    """As many calls of every block as a process makes that reads a prefix: shards are gathered by all processes at once."""
+    first = Reading(reading.ids_BS[:, :1], reading.mask_BS[:, :1], reading.positions_BS[:, :1], (1,))
+    visit_states(model, first, (), lambda *_: None, top_layer=top_layer)
+
+
 def _read(backbone: nn.Module, reading: Reading, **memory: dict[int, Any] | None) -> Tensor:
     """Last hidden states ``[B, S, d]`` of one reading."""
     if not reading.is_packed:

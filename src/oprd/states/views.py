@@ -57,7 +57,11 @@ class PositionPairs:
 
     def of_teacher(self, states_BSd: Tensor) -> Tensor:
         """The teacher's states at the pairs, ``[B, S, d] -> [N, d]``."""
-        return states_BSd.flatten(0, 1).index_select(0, self.row_N * states_BSd.shape[1] + self.teacher_N)
+        return states_BSd.flatten(0, 1).index_select(0, self.teacher_places(states_BSd.shape[1]))
+
+    def teacher_places(self, width: int) -> Tensor:
+        """The pairs in the teacher's states as one list of ``B * width``, ``[N]``; a place may come twice."""
+        return self.row_N * width + self.teacher_N
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,11 +23,14 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from oprd import models
 from oprd.bridge import Bridge
-from oprd.bridge.collect import RANDOM_STUDENT, RANDOM_TEACHER, Collection
+from oprd.bridge.collect import CONTROLS, RANDOM_STUDENT, RANDOM_TEACHER, SHUFFLED, Collection, before_of
 from oprd.bridge.predict import predict
 from oprd.objectives import map_layers
+from oprd.states import TeacherElsewhere
 from oprd.training.config import OPRDConfig
+from oprd.training.folders import writing
 from oprd.training.options import BRIDGE_HELP
+from oprd.training.stopping import SIGNALS, Stopped, any_process
 from oprd.training.trainer import OPRDTrainer
 
 logger = get_logger(__name__)
@@ -115,25 +118,24 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
     accelerator, args = trainer.accelerator, trainer.args
     student, teacher = trainer.model.eval(), accelerator.unwrap_model(trainer.teacher_model)
     configs = [models.text_config(model) for model in (student, teacher)]
+    controls = CONTROLS if settings.bridge_controls else ()
+    if isinstance(teacher, TeacherElsewhere) and controls:  # a random one would be as large as the one that is not here
+        controls = (SHUFFLED, RANDOM_STUDENT)
     layer_map = map_layers(*(config.num_hidden_layers for config in configs))
     collection = Collection(
         layer_map,
         *(config.hidden_size for config in configs),
-        controls=settings.bridge_controls,
+        controls=controls,
         device=accelerator.device,
         seed=accelerator.process_index,
     )
-    random = {}
-    if settings.bridge_controls:
-        random = {
-            RANDOM_TEACHER: _random_like(teacher, args.seed),
-            RANDOM_STUDENT: _random_like(models.causal_lm(student), args.seed + 1),
-        }
+    random = {RANDOM_STUDENT: _random_like(models.causal_lm(student), args.seed + 1)} if controls else {}
+    if RANDOM_TEACHER in controls:
+        random[RANDOM_TEACHER] = _random_like(teacher, args.seed)
     fingerprints = trainer._pair.fingerprints(student, teacher)
     path = directory / WORK.format(accelerator.process_index)
     key = _key(settings, trainer, fingerprints)
-    if collection.load(path, key):
-        logger.info(f"Continuing a collection of {collection.batches} batches.")
+    _go_on(collection, path, key, accelerator)
     rows = trainer.train_dataset.select(range(min(settings.bridge_prompts, len(trainer.train_dataset))))
     every = max(2, round(1 / settings.bridge_held_out))  # one prompt in this many is held out
     if len(rows) < every:
@@ -154,6 +156,15 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
         disable=not accelerator.is_local_main_process or args.disable_tqdm,
     )
     for place in range(collection.batches, total):
+        # Processes save and stop after the same batch, or they could not go on together.
+        due, asked = time.monotonic() - saved > SAVE_SECONDS, SIGNALS.asked(accelerator)
+        if any_process(due, accelerator) or asked:
+            _save(collection, path, key)
+            saved = time.monotonic()
+        if asked:
+            raise Stopped(
+                f"stopped by {SIGNALS.received} after {place} of {total} batches for the bridge; the same command continues"
+            )
         set_seed(args.seed * 1_000_003 + place * accelerator.num_processes + accelerator.process_index)
         chosen = batches[min(place, len(batches) - 1)]
         batch = trainer._generate_and_score_completions([rows[number] for number in chosen])
@@ -161,11 +172,8 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
             held_out = torch.tensor([number % every == every - 1 for number in chosen], device=accelerator.device)
             _add_in_pieces(collection, trainer, student, teacher, batch, held_out, random)
         bar.update()
-        if time.monotonic() - saved > SAVE_SECONDS:
-            collection.save(path, key)
-            saved = time.monotonic()
     bar.close()
-    collection.save(path, key)
+    _save(collection, path, key)
     facts = {
         "fitted_for": fingerprints,
         "data": {
@@ -184,6 +192,21 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
     if shares:
         facts["data"]["paired_share"] = sum(shares) / len(shares)
     return collection, facts
+
+
+def _go_on(collection: Collection, path: Path, key: dict[str, Any], accelerator: Any) -> None:
+    """Take up the latest collection that every process has."""
+    found = {Collection.batches_in(place, key): place for place in (before_of(path), path)}
+    everyone = gather_object([list(found)]) if accelerator.num_processes > 1 else [list(found)]
+    shared = set.intersection(*map(set, everyone)) - {None}
+    if shared:
+        collection.load(found[max(shared)], key)
+        logger.info(f"Continuing a collection of {collection.batches} batches.")
+
+
+def _save(collection: Collection, path: Path, key: dict[str, Any]) -> None:
+    with writing(path):
+        collection.save(path, key)
 
 
 def _add_in_pieces(collection, trainer, student, teacher, batch, held_out_B, random) -> None:
@@ -216,7 +239,7 @@ def merge_processes(trainer: RolloutTrainer, collection: Collection, directory: 
         for rank in range(1, accelerator.num_processes):
             first = collection.fitter
             other = Collection(
-                first.layer_map, *first.dims, controls=bool(collection.controls), device=accelerator.device
+                first.layer_map, *first.dims, controls=list(collection.controls), device=accelerator.device
             )
             other.load(directory / WORK.format(rank), _key_of(directory / WORK.format(rank)))
             collection.merge(other)
@@ -260,6 +283,8 @@ def solve_collection(
     if len(collection.fitter.sample):
         student, teacher = trainer.model, trainer.accelerator.unwrap_model(trainer.teacher_model)
         shapes = trainer._pair.shapes
+        if isinstance(teacher, TeacherElsewhere):
+            teacher.fetch_head()
         own = models.head_of(student, shapes.vocab_size)
         other = models.head_of(teacher, shapes.teacher_vocab_size or shapes.vocab_size)
         bridge.report["prediction"] = predict(
@@ -296,7 +321,8 @@ def fit_bridge(build: Callable[[], RolloutTrainer], settings: BridgeConfig, dire
     finally:
         about_heads.setLevel(level)
     started = time.perf_counter()
-    collection, facts = collect(trainer, settings, directory)
+    with SIGNALS.held():  # a batch is the least that can be taken up again
+        collection, facts = collect(trainer, settings, directory)
     collected = time.perf_counter() - started
     collection = merge_processes(trainer, collection, directory)
     accelerator = trainer.accelerator

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from oprd.lineage.machine import peak_memory_bytes
 from oprd.lineage.manifest import Manifest
+from oprd.records import write_text
+from oprd.training.folders import writing
 
 SHOWN = {"loss": "loss", "cosine": "cos", "accuracy": "acc", "completions/mean_length": "len"}
 
@@ -35,28 +39,44 @@ class ProgressLine(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
-class MetricsFile(TrainerCallback):
-    """``metrics.jsonl`` in the output directory: one object per log, flushed at once.
+class MetricsFile(TrainerCallback, ExportableState):
+    """``metrics.jsonl`` in the output directory: one object per log, on the disk at once.
 
-    A resumed run keeps the lines up to its checkpoint and drops those it is about to write again.
+    A checkpoint holds how many lines there were, and a resumed run keeps so many: those that follow are written again.
     """
 
     name = "metrics.jsonl"
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def state(self) -> dict[str, Any]:
+        """For transformers, which keeps it in a checkpoint's ``trainer_state.json``."""
+        return {"args": {}, "attributes": {"lines": self.lines}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= state.global_step] if state.global_step else []
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        replacement.replace(path)
+        kept = read_metrics(path) if state.global_step else []
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if saved is not None and state.global_step:
+            kept = kept[: saved["attributes"]["lines"]]
+        else:  # no checkpoint of ours
+            kept = [line for line in kept if line["step"] <= state.global_step]
+        with writing(path):
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = len(kept)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir) / self.name).open("a", encoding="utf-8") as file:
+            path = Path(args.output_dir) / self.name
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.lines += 1
 
 
 class CostMeter(TrainerCallback):
@@ -101,5 +121,8 @@ def read_metrics(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}). Remove the line.") from error
+            break
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number}: not an object of numbers. Remove the line.")
     return rows

@@ -11,8 +11,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig
 
 from oprd.bridge import Bridge
+from oprd.serving.client import check_url
 from oprd.training.objective import Objective
 from oprd.training.options import CHOICES, HELP
+from oprd.training.ranges import check_ranges
+from oprd.training.surroundings import check_backends
 
 
 def _option(name: str, default: Any) -> Any:
@@ -60,16 +63,22 @@ class OPRDConfig(DistillationConfig):
     gradient_scope: str = _option("gradient_scope", "full")
     tile_mlp: bool = _option("tile_mlp", False)
     offload_targets: bool = _option("offload_targets", False)
+    on_nonfinite: str = _option("on_nonfinite", "stop")
     offload_teacher: bool = _option("offload_teacher", False)
     teacher_load_in_8bit: bool = _option("teacher_load_in_8bit", False)
+    teacher_url: str | None = _option("teacher_url", None)
+    teacher_token_file: str | None = _option("teacher_token_file", None)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        check_backends(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         self.layers = parse_layers(self.layers)
         self._check_choices()
         self._check_objective()
+        self._check_teacher()
         self._check_batches()
 
     def _check_choices(self) -> None:
@@ -127,6 +136,24 @@ class OPRDConfig(DistillationConfig):
         self._refuse_ignored(self.trainable == "head", "trainable: head", gradient_scope="full")
         takes_k = self.positions in ("first_k", "last_k")
         self._refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
+
+    def _check_teacher(self) -> None:
+        self._refuse_ignored(self.teacher_url is None, "there is no teacher_url", teacher_token_file=None)
+        if self.teacher_url is None:
+            return
+        self.teacher_url = check_url(self.teacher_url)
+        if self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                "Two teachers: teacher_model_name_or_path is loaded here, teacher_url is asked. Remove one of them."
+            )
+        self._refuse_ignored(
+            True,
+            "the teacher is at teacher_url; oprd serve-teacher has --dtype, --attn_implementation and --revision",
+            teacher_load_in_8bit=False,
+            offload_teacher=False,
+            teacher_model_init_kwargs=None,
+            teacher_model_revision=None,
+        )
 
     def _refuse_ignored(self, is_off: bool, why: str, **defaults: Any) -> None:
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]

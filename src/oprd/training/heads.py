@@ -7,27 +7,38 @@ from torch import nn
 
 from oprd import models
 from oprd.bridge import Bridge
+from oprd.model_files import check_finite
+from oprd.states import TeacherElsewhere
 from oprd.training.objective import Objective
 from oprd.training.solved_head import why_head_cannot_be_solved
 
 logger = get_logger(__name__)
 
 
-def check_loaded(student: nn.Module, teacher: nn.Module, *, is_fsdp: bool) -> None:
-    """Blocks can be found, each model lies on one device, and the student can be saved as it is trained.
+def check_loaded(student: nn.Module, teacher: nn.Module) -> None:
+    """Blocks can be found, each model lies on one device, and every weight is a number.
 
     Raises:
-        ValueError: an architecture whose blocks are unclear, a model split over devices, or LoRA under FSDP.
+        ValueError: an architecture whose blocks are unclear, a model split over devices, or a weight that is NaN.
     """
-    for role, model in (("student", student), ("teacher", teacher)):
+    if isinstance(teacher, TeacherElsewhere) and teacher.dtype != models.causal_lm(student).dtype:
+        logger.warning(
+            f"The teacher's weights are {teacher.dtype} where they are served, the student's {models.causal_lm(student).dtype}: what the "
+            "coarser one rounds becomes a distance. oprd serve-teacher has --dtype."
+        )
+    here = (
+        [("student", student)]
+        if isinstance(teacher, TeacherElsewhere)
+        else [("student", student), ("teacher", teacher)]
+    )
+    for role, model in here:
         models.decoder_layers(models.backbone_of(model))
+        check_finite(model, role)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
             raise ValueError(
                 f"The {role} is split over several devices. Use accelerate launch (one process per GPU), make one GPU visible "
                 "with CUDA_VISIBLE_DEVICES, or load it with device_map=None."
             )
-    if is_fsdp and models.causal_lm(student) is not student:
-        raise ValueError("LoRA under FSDP cannot be merged into a model at the end. Use DDP or DeepSpeed ZeRO-2.")
 
 
 def adopt_or_keep(
@@ -77,12 +88,17 @@ def adopt_or_keep(
         if lm_head == "teacher":
             raise ValueError(f"lm_head: teacher cannot be: {foreign}. Use lm_head: auto.")
         return ("keep" if lm_head == "auto" else lm_head), foreign
-    drift = models.head_drift(student, teacher, vocab_size)
-    why = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
+    reason = models.why_head_cannot_move(student, teacher, vocab_size) if lm_head == "auto" else None
     if lm_head == "auto":
-        reason = models.why_head_cannot_move(student, teacher, vocab_size)
         lm_head = "keep" if reason else "teacher"
-        why += f"; not adopted: {reason}" if reason else ""
+    if isinstance(teacher, TeacherElsewhere) and lm_head == "teacher":
+        teacher.fetch_head()
+    if isinstance(teacher, TeacherElsewhere) and not teacher.has_head:
+        why = "the teacher's is elsewhere"  # and a line of a log is not worth fetching it
+    else:
+        drift = models.head_drift(student, teacher, vocab_size)
+        why = "they differ in width" if drift is None else f"the teacher's differs by {drift:.1%}"
+    why += f"; not adopted: {reason}" if reason else ""
     if lm_head == "teacher":
         models.adopt_head(student, teacher, vocab_size)
     return lm_head, why
@@ -106,6 +122,8 @@ def freeze_and_report(
             "logit_weight needs linear logits, and these models soft-cap theirs. Set logit_weight: 0, and have the "
             "student's head trained by output_loss: full or replaced by lm_head: teacher."
         )
+    if isinstance(teacher, TeacherElsewhere) and (objective.uses_head or lm_head == "solved"):
+        teacher.fetch_head()
     frozen = models.freeze_unreachable(student, top_layer=objective.top_layer, head=objective.uses_head)
     head = models.causal_lm(student).get_output_embeddings()
     if lm_head == "freeze":

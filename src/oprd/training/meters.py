@@ -30,6 +30,14 @@ class Meters:
             self._sums[name] = self._sums.get(name, 0) + total.detach()
             self._counts[name] = self._counts.get(name, 0) + count
 
+    def snapshot(self) -> tuple[dict[str, Tensor], ...]:
+        """What `restore` goes back to; batches that have ended stay ended."""
+        return dict(self._terms), dict(self._sums), dict(self._counts)
+
+    def restore(self, snapshot: tuple[dict[str, Tensor], ...]) -> None:
+        """Forget what was added since."""
+        self._terms, self._sums, self._counts = (dict(part) for part in snapshot)
+
     def end_batch(self) -> None:
         """All micro-batches of one accumulation step, or of one evaluation batch, are in."""
         self._batches += 1

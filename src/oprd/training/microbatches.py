@@ -59,12 +59,22 @@ def cut(batch: Batch, budget: int | None, accelerator: Accelerator) -> list[Micr
     if accelerator.num_processes > 1:
         count = torch.tensor([len(groups)], device=accelerator.device)
         groups = fill(lengths, budget, at_least=int(accelerator.gather(count).max()))
-    return [_rows(batch, group) for group in groups]
+    return [rows_of(batch, group) for group in groups]
 
 
-def _rows(batch: Batch, group: list[int]) -> MicroBatch:
+def rows_of(batch: Batch, group: list[int]) -> MicroBatch:
+    """Some rows of a batch; a row of no weight if there are none."""
     place = torch.tensor(group or [0], device=batch["prompt_mask"].device)
     part = MicroBatch({name: value[place] if _is_rows(value) else value for name, value in batch.items()})
     if not group:
         part |= {name: torch.zeros_like(value) for name, value in part.items() if name.endswith("_weights")}
     return part
+
+
+def halved(part: MicroBatch, limit: int | None) -> list[MicroBatch]:
+    """The rows of a micro-batch in halves, and halves of those, until each has at most ``limit`` tokens or one row."""
+    tokens, rows = lengths_of(part), len(part["prompt_mask"])
+    if limit is None or rows == 1 or int(tokens.sum()) <= limit:
+        return [part]
+    pieces = [rows_of(part, list(group)) for group in (range(rows // 2), range(rows // 2, rows))]
+    return [small for piece in pieces for small in halved(piece, limit)]

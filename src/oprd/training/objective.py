@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oprd.bridge import Bridge
 from oprd.models import Head, head_of
 from oprd.objectives import head_grams, logit_mse, state_term
-from oprd.states import Rollout, visit_states
+from oprd.states import Question, Rollout, TeacherStates, answer, autocast_dtype, visit_states
 from oprd.training.output_term import output_term
 
 Terms = dict[str, Tensor]  # unweighted loss terms; they add up over micro-batches and processes
@@ -62,54 +62,27 @@ class Objective:
         return self.num_layers if self.uses_head else max(self.layers)
 
 
-@dataclass(frozen=True)
-class TeacherStates:
-    """The teacher's states at the pairs, and nothing else: per student layer ``[N, d]`` (``[N, r]`` through a bridge), the
-    last layer for the head, and the last layer along sampled tokens that take several teacher tokens."""
+def question_of(objective: Objective, rollout: Rollout) -> Question:
+    """What an objective asks of the teacher about one micro-batch; in the precision of the autocast that is on."""
+    layers = objective.layers if objective.representation_weight else ()
+    bridge, pairs, outputs = objective.bridge, rollout.state_pairs, rollout.output_pairs
+    prefix = rollout.prefix if objective.uses_output else None
+    width = rollout.teacher.ids_BS.shape[1]
+    return Question(
+        rollout.teacher,
+        pairs.teacher_places(width),
+        {layer: bridge.layer_map[layer - 1] if bridge else layer for layer in layers},
+        bridge,
+        last_at_states=bool(objective.logit_weight),
+        output_places_N=outputs.teacher_places(width) if objective.uses_output else None,
+        chain_places_E=None if prefix is None else prefix.chain_row_E * width + prefix.chain_column_E,
+        dtype=autocast_dtype(rollout.teacher.ids_BS.device),
+    )
 
-    layers: dict[int, Tensor]
-    at_states: Tensor | None
-    at_outputs: Tensor | None
-    at_chains: Tensor | None = None
 
-
-def _held(states: Tensor, on_cpu: bool) -> Tensor:
-    """The states as they wait for the student: where they are, or in main memory."""
-    if not on_cpu:
-        return states
-    held = torch.empty_like(states, device="cpu", pin_memory=states.is_cuda)
-    return held.copy_(states, non_blocking=True)
-
-
-@torch.no_grad()
 def teacher_states(objective: Objective, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
     """One backbone forward of the teacher; keeps the supervised positions of the chosen layers."""
-    layers = objective.layers if objective.representation_weight else ()
-    bridge = objective.bridge
-    readers: dict[int, list[int]] = {}  # teacher layer -> the student layers that are compared with it
-    for layer in layers:
-        readers.setdefault(bridge.layer_map[layer - 1] if bridge else layer, []).append(layer)
-    kept: dict[int, Tensor] = {}
-    device = rollout.teacher.ids_BS.device.type
-    # Autocast keeps the residual stream in float32; as targets, its half precision is a thousand times finer than what is
-    # left between student and teacher.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-    def visit(teacher_layer: int, states_BSd: Tensor) -> None:
-        states_Nd = rollout.state_pairs.of_teacher(states_BSd)
-        for layer in readers[teacher_layer]:
-            target_Nr = bridge.project_teacher(layer, states_Nd) if bridge else states_Nd
-            kept[layer] = _held(target_Nr if dtype is None else target_Nr.to(dtype), objective.offload_targets)
-
-    top_layer = None if objective.uses_head else max(readers)
-    last_BSd, _ = visit_states(teacher, rollout.teacher, sorted(readers), visit, top_layer=top_layer)
-    prefix = rollout.prefix if objective.uses_output else None
-    return TeacherStates(
-        kept,
-        rollout.state_pairs.of_teacher(last_BSd) if objective.logit_weight else None,
-        rollout.output_pairs.of_teacher(last_BSd) if objective.uses_output else None,
-        None if prefix is None else last_BSd[prefix.chain_row_E, prefix.chain_column_E],
-    )
+    return answer(teacher, question_of(objective, rollout), on_cpu=objective.offload_targets)
 
 
 def student_loss(

@@ -10,6 +10,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lm_head": ("auto", "teacher", "keep", "freeze", "solved"),
     "trainable": ("all", "head"),
     "gradient_scope": ("full", "suffix"),
+    "on_nonfinite": ("stop", "skip"),
 }
 
 THEN_HELP = "Settings of a second stage that starts from the first one's final model: a mapping in the recipe."
@@ -50,9 +51,15 @@ HELP: dict[str, str] = {
     "constants. Cheaper with positions: last_k, and an approximation (docs/results.md).",
     "tile_mlp": "Run the student's MLPs over tiles of 2048 tokens in training too: less memory, about 3 % more work.",
     "offload_targets": "Keep the teacher's states in pinned main memory until the student's layer needs them.",
+    "on_nonfinite": "What to do with an update whose loss or gradient is NaN or infinite: stop the run, or skip the update and go "
+    "on (stops after 10 in a row). Either way its batch is saved in faults/ and the layer and rows are named.",
     "offload_teacher": "Keep the teacher in main memory and bring it to the GPU for its forward only.",
+    "teacher_url": "Address of an oprd serve-teacher that holds the teacher, instead of teacher_model_name_or_path "
+    "(docs/serving.md). Its token is read from OPRD_TEACHER_TOKEN or teacher_token_file.",
+    "teacher_token_file": "File that holds the token of teacher_url; by default the environment has it.",
     "teacher_load_in_8bit": "Load the teacher in 8 bits (bitsandbytes).",
-    "resume": "Continue from the newest checkpoint in output_dir, if there is one.",
+    "resume": "Continue from the newest checkpoint in output_dir also with other settings. (With the same ones the same command "
+    "continues by itself.)",
 }
 
 BRIDGE_HELP: dict[str, str] = {

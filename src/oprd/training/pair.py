@@ -82,12 +82,16 @@ def open_pair(
     Raises:
         ValueError: anything that pre-flight finds (`oprd.training.preflight`).
     """
+    student.check("student", (args.model_init_kwargs or {}).get("attn_implementation"))
+    teacher.check("teacher", (args.teacher_model_init_kwargs or {}).get("attn_implementation"))
     tokenizer = tokenizer or student.tokenizer("student", "processing_class")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}: text models only.")
     if args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token {args.eos_token!r} is not a token of the student's tokenizer.")
+            raise ValueError(
+                f"eos_token {args.eos_token!r} is not a token of the student's tokenizer. Choose one of its tokens, or unset it."
+            )
         tokenizer.eos_token = args.eos_token
     teacher_tokenizer = teacher_tokenizer or teacher.tokenizer_if_known()
     if teacher_tokenizer is None:
@@ -109,6 +113,8 @@ def open_pair(
         bridge=bridge,
     )
     student_ends = models.end_token_ids(tokenizer, student.generation_config)
+    if tokenizer.eos_token_id is None and student_ends:  # only the generation config knows
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(student_ends))
     teacher_ends = models.end_token_ids(teacher_tokenizer or tokenizer, teacher.generation_config)
     known = teacher_tokenizer is not None
     teacher_end = models.end_of_turn(teacher_tokenizer, chat=isinstance(prompt, list)) if known else None

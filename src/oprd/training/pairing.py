@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from oprd.models import apply_template
 from oprd.objectives.prefix_marginal import PrefixTable
 from oprd.states import Crossing, PrefixIndex, Reading, TeacherText
 from oprd.states.crossing import NOWHERE, Crossed
@@ -41,8 +42,8 @@ class TeacherReader:
         """The prompt in the teacher's own template and tokens."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
-        rendered = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **self.template
+        rendered = apply_template(
+            self.tokenizer, prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **self.template
         )
         return rendered["input_ids"]
 

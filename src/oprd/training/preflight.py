@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd.bridge import Bridge
+from oprd.models import apply_template
 from oprd.objectives import select_layers
 
 logger = get_logger(__name__)
@@ -115,9 +116,7 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     if student.get_vocab() != teacher.get_vocab():
         return OTHER_TOKENS
     if isinstance(prompt, list) and teacher.chat_template and student.chat_template:
-        renderings = [
-            t.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for t in (student, teacher)
-        ]
+        renderings = [apply_template(t, prompt, add_generation_prompt=True, tokenize=False) for t in (student, teacher)]
         if renderings[0] != renderings[1]:
             return OTHER_PROMPT
     return SAME
@@ -256,7 +255,8 @@ def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     batch = 1000
     lengths: list[int] = []
     for start in range(0, len(prompts), batch):
-        encoded = tokenizer.apply_chat_template(
+        encoded = apply_template(
+            tokenizer,
             list(prompts[start : start + batch]),
             add_generation_prompt=True,
             tokenize=True,

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import itertools
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
 from trl import ModelConfig, TrlParser
 
-from oprd.lineage.manifest import read_manifest
+from oprd.lineage.manifest import NAME, read_manifest
 from oprd.training.bridging import BridgeConfig
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
+from oprd.training.ranges import check_ranges
+from oprd.training.recipe_file import KEYS_ARE_LISTED, check_keys, check_values, kinds_of, read_recipe
 from oprd.training.validation import BenchmarkConfig
 
 logger = logging.getLogger(__name__)
@@ -58,29 +62,41 @@ class Configs(NamedTuple):
     benchmarks: BenchmarkConfig
 
 
+KINDS = (DataConfig, OPRDConfig, ModelConfig, BridgeConfig, BenchmarkConfig)
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        told = re.sub(r"^argument (--\w+)[^:]*", r"\1", message).rstrip(".")  # it has each key in two spellings
+        raise ValueError(f"{told}. Correct it; oprd train --help explains the settings.")
+
+
 def _parser(command: str) -> TrlParser:
     usage = f"oprd {command} --config RECIPE [--key value ...]"
-    kinds = (DataConfig, OPRDConfig, ModelConfig, BridgeConfig, BenchmarkConfig)
-    return TrlParser(kinds, prog=f"oprd {command}", usage=usage, allow_abbrev=False)
+    return _Parser(KINDS, prog=f"oprd {command}", usage=usage, allow_abbrev=False)
 
 
 def parse(arguments: list[str], command: str = "train") -> Configs:
     """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser = _parser(command)
+    parser, rest = _parser(command), arguments
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ValueError("--config needs a recipe: a YAML file, or the name of one that ships with oprd.")
         recipe = find_recipe(arguments[position])
-        _check_recipe(recipe, {action.dest for action in parser._actions} | {"env"})
+        check_recipe(str(recipe), read_recipe(recipe), parser)
+        rest = [*arguments[: position - 1], *arguments[position + 1 :]]
         arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
     for argument in arguments:
         key = argument.split("=", 1)[0]
         if key.startswith("--") and key not in {*parser._option_string_actions, "--config"}:
             near = difflib.get_close_matches(key, parser._option_string_actions, n=1)
-            raise ValueError(f"Unknown key {key}" + (f"; did you mean {near[0]}?" if near else "."))
+            raise ValueError(f"Unknown key {key}; " + (f"did you mean {near[0]}?" if near else KEYS_ARE_LISTED))
+    if loose := parser.parse_known_args(rest)[1]:
+        raise ValueError(f"Unexpected {loose[0]}: put its key before it, such as --config {loose[0]}.")
     data, args, model, bridge, benchmark = parser.parse_args_and_config(arguments)
+    check_ranges(model)
     if isinstance(data.then, str):
         data.then = yaml.safe_load(data.then)
     if data.then is not None and not isinstance(data.then, dict):
@@ -91,25 +107,14 @@ def parse(arguments: list[str], command: str = "train") -> Configs:
     return Configs(data, args, model, bridge, benchmark)
 
 
-def _check_recipe(path: Path, known: set[str]) -> None:
-    """A mapping whose every key is a setting.
+def check_recipe(where: str, settings: dict[str, Any], parser: argparse.ArgumentParser | None = None) -> None:
+    """Every key is a setting, and every value of its kind.
 
     Raises:
-        ValueError: not YAML, not a mapping, or an unknown key, with the nearest known one.
+        ValueError: with the nearest known key, or what the setting takes.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"The recipe {path} must be a mapping of settings, such as learning_rate: 1.0e-5.")
-    _check_keys(str(path), settings, known)
-
-
-def _check_keys(where: str, settings: dict[str, Any], known: set[str]) -> None:
-    for key in sorted(map(str, settings.keys() - known)):
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "."))
+    check_keys(where, settings, {action.dest for action in (parser or _parser("train"))._actions} | {"env"})
+    check_values(where, settings, kinds_of(KINDS))
 
 
 def find_recipe(name: str) -> Path:
@@ -173,9 +178,9 @@ def second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dic
     rest = list(arguments)
     if "--config" in rest:
         position = rest.index("--config")
-        recipe = yaml.safe_load(find_recipe(rest[position + 1]).read_text(encoding="utf-8"))
+        recipe = read_recipe(find_recipe(rest[position + 1]))
         del rest[position : position + 2]
-    _check_keys("then", then, {action.dest for action in _parser("train")._actions})
+    check_recipe("then", then)
     own = {"output_dir": str(first / "then"), "model_name_or_path": str(first / "final")}
     spoken = dict(zip((key.removeprefix("--") for key in rest[::2]), map(yaml.safe_load, rest[1::2]), strict=False))
     second = {**recipe, **then, **{k: v for k, v in spoken.items() if k not in own}, **own}
@@ -183,6 +188,13 @@ def second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dic
     if "bridge" not in then:  # a bridge belongs to the student that it was fitted for, and that one has moved
         for key in ("bridge", *BRIDGE_HELP):
             second.pop(key, None)
+    with tempfile.TemporaryDirectory() as folder:  # what is wrong with it is to be known before the first stage starts
+        path = Path(folder) / "then.yaml"
+        path.write_text(yaml.safe_dump(second), encoding="utf-8")
+        try:
+            parse(["--config", str(path)])
+        except ValueError as error:
+            raise ValueError(f"then: {str(error).removeprefix(f'{path}: ')}") from error
     return second
 
 
@@ -206,6 +218,7 @@ SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 PATH_KEYS = (
     "model_name_or_path",
     "teacher_model_name_or_path",
+    "teacher_token_file",
     "dataset_name",
     "eval_dataset_name",
     "bridge",
@@ -235,7 +248,10 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
         if value and not Path(value).exists() and (where / value).exists():
             recipe[key] = str(where / value)
     if "--output_dir" not in arguments:
-        recipe["output_dir"] = next(name for name in _repetitions(recipe["output_dir"]) if not Path(name).exists())
+        if not isinstance(recipe.get("output_dir"), str):
+            raise ValueError(f"{arguments[position + 1]}'s recipe has no output_dir. Name one with --output_dir.")
+        names = _repetitions(recipe["output_dir"])
+        recipe["output_dir"] = next(name for name in names if _is_free(Path(name), manifest["created"]))
     changed = sorted({key for session in manifest["sessions"] for key in session.get("changed_settings", ())})
     if changed:
         logger.warning(
@@ -249,6 +265,14 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         manifest["folder"] = arguments[position + 1]
         yield [*arguments[:position], "--config", str(path), *arguments[position + 2 :]], manifest
+
+
+def _is_free(folder: Path, created: str) -> bool:
+    """Whether a repetition can go there: nothing is there, or one of the same run that was stopped on its way."""
+    if not (folder / NAME).exists():
+        return not folder.exists()
+    there = read_manifest(folder)
+    return there["status"] != "finished" and (there.get("repeats") or {}).get("created") == created
 
 
 def _repetitions(name: str) -> Iterator[str]:

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer
 
 from oprd.records import read_json, write_json
+from oprd.training.folders import publish, staging_of, writing
 
 
-def save_final(trainer: Trainer, directory: Path, *, goes_on: bool = False) -> None:
-    """``from_pretrained`` folder with weights (adapters merged) and tokenizer. Every process must call it.
+def save_final(
+    trainer: Trainer, directory: Path, announce: Callable[[Path], None] | None = None, *, goes_on: bool = False
+) -> None:
+    """``from_pretrained`` folder with weights (adapters merged) and tokenizer, whole or not at all. Every process must call it.
 
     Args:
+        announce: called by the main process with the folder that is about to become ``directory``.
         goes_on: training continues, so adapters are merged in a copy of the model, which takes its memory once more.
+
+    Raises:
+        OSError: it could not be written; the path and the cause are named, and ``directory`` is as it was.
     """
     trainer.accelerator.wait_for_everyone()
+    staging, is_main = staging_of(directory), trainer.accelerator.is_main_process
+    with writing(directory, staging if is_main else None):
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        _write(trainer, staging, goes_on=goes_on)
+        if is_main:
+            if announce is not None:
+                announce(staging)
+            publish(staging, directory)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write(trainer: Trainer, directory: Path, *, goes_on: bool) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if hasattr(model, "merge_and_unload"):
         if trainer.accelerator.is_main_process:
@@ -34,7 +57,6 @@ def save_final(trainer: Trainer, directory: Path, *, goes_on: bool = False) -> N
     if trainer.accelerator.is_main_process:
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         _forget_this_machine(directory / "tokenizer_config.json")
-    trainer.accelerator.wait_for_everyone()
 
 
 def _forget_this_machine(tokenizer_config: Path) -> None:

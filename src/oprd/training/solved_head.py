@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from oprd import models
 from oprd.bridge.moments import Moments
-from oprd.states import visit_states
+from oprd.states import Question, Rollout, answer, autocast_dtype, visit_states
 
 logger = get_logger(__name__)
 
@@ -30,6 +30,13 @@ def why_head_cannot_be_solved(student: nn.Module, teacher: nn.Module) -> str | N
         if head.bias_V is not None or head.softcap is not None:
             return f"the {role}'s head is not one plain matrix (it has a bias or soft-caps its logits)"
     return None
+
+
+def _last_states(rollout: Rollout) -> Question:
+    """The teacher's last states at the output pairs."""
+    places_N = rollout.output_pairs.teacher_places(rollout.teacher.ids_BS.shape[1])
+    dtype = autocast_dtype(rollout.teacher.ids_BS.device)
+    return Question(rollout.teacher, places_N[:0], output_places_N=places_N, dtype=dtype)
 
 
 @torch.no_grad()
@@ -54,14 +61,15 @@ def solve_head(trainer, prompts: int = PROMPTS) -> float:
     count = min(prompts, len(trainer.train_dataset)) // (size * accelerator.num_processes)
     quiet = args.disable_tqdm or not accelerator.is_local_main_process
     for place in tqdm(range(max(count, 1)), desc="solving the LM head", unit="batch", disable=quiet):
+        trainer.check_stop()
         first = (place * accelerator.num_processes + accelerator.process_index) * size
         rows = [trainer.train_dataset[(first + i) % len(trainer.train_dataset)] for i in range(size)]
         rollout = trainer.make_rollout(trainer._generate_and_score_completions(rows))
         with accelerator.autocast():
             own = visit_states(student, rollout.student, (), lambda *_: None)[0]
             with trainer.teacher_at_hand():
-                other = visit_states(teacher, rollout.teacher, (), lambda *_: None)[0]
-        moments.update(rollout.output_pairs.of_student(own), rollout.output_pairs.of_teacher(other))
+                other_Nd = answer(teacher, _last_states(rollout)).at_outputs
+        moments.update(rollout.output_pairs.of_student(own), other_Nd)
     trainer._metrics["eval"].clear()
     for name, tensor in moments.tensors().items():
         getattr(moments, name).copy_(accelerator.reduce(tensor, reduction="sum"))

@@ -1,10 +1,11 @@
-"""The teacher's weights: loading them, and where they wait between uses."""
+"""The teacher: which one it is, loading its weights, and where they wait between uses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,45 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from oprd._compat import create_model_from_path
-from oprd.models import backbone_of, causal_lm
+from oprd.lineage.inputs import model_record
+from oprd.models import backbone_of, causal_lm, resolve_path
+from oprd.serving import RemoteTeacher, connect
 from oprd.training.config import OPRDConfig
+from oprd.training.source import Source
+
+
+def open_teacher(given: Any, args: OPRDConfig) -> tuple[Any, Source]:
+    """The teacher that a trainer was given or its settings name (a path or Hub id, a model, or one elsewhere), and where
+    pre-flight reads about it.
+
+    Raises:
+        ValueError: none, two, or settings of its weights that cannot be.
+    """
+    if args.teacher_url is not None:
+        if given is not None:
+            raise ValueError("Two teachers: pass teacher_model or set teacher_url, not both.")
+        given = connect(args.teacher_url, args.teacher_token_file)
+    given = given if given is not None else args.teacher_model_name_or_path
+    if given is None:
+        raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path or teacher_url.")
+    check_settings(args, is_path=isinstance(given, str))
+    if isinstance(given, RemoteTeacher):
+        if args.is_packed and given.why_not_packed:
+            raise ValueError(f"{given.client.url}: {given.why_not_packed}")
+        return given, Source(given.folder, has_weights=False)
+    given = resolve_path(given) if isinstance(given, str) else given
+    return given, Source(given, args.teacher_model_revision, args.trust_remote_code)
+
+
+def teacher_record(args: OPRDConfig) -> dict[str, Any]:
+    """What a manifest says of the teacher that the settings name.
+
+    Raises:
+        ValueError: there is no such teacher.
+    """
+    if args.teacher_url is not None:
+        return connect(args.teacher_url, args.teacher_token_file).record
+    return model_record(args.teacher_model_name_or_path, args.teacher_model_revision)
 
 
 def check_settings(args: OPRDConfig, *, is_path: bool) -> None:
@@ -32,12 +70,8 @@ def check_settings(args: OPRDConfig, *, is_path: bool) -> None:
             raise ValueError('teacher_load_in_8bit needs bitsandbytes: pip install "oprd[quantized]", or unset it.')
         if (args.teacher_model_init_kwargs or {}).get("quantization_config") is not None:
             raise ValueError("The teacher is quantised twice: unset teacher_load_in_8bit or quantization_config.")
-    if args.offload_teacher:
-        sharded = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed_plugin is not None else None
-        if sharded:
-            raise ValueError(f"offload_teacher: {sharded} places the teacher's weights itself. Unset offload_teacher.")
-        if args.teacher_load_in_8bit:
-            raise ValueError("Weights of 8 bits stay on the GPU: unset offload_teacher or teacher_load_in_8bit.")
+    if args.offload_teacher and args.teacher_load_in_8bit:
+        raise ValueError("Weights of 8 bits stay on the GPU: unset offload_teacher or teacher_load_in_8bit.")
 
 
 def load_teacher(path: str, args: OPRDConfig, dtype: torch.dtype, num_processes: int) -> PreTrainedModel:
@@ -56,6 +90,7 @@ def load_teacher(path: str, args: OPRDConfig, dtype: torch.dtype, num_processes:
     # would then be a teacher at a distance. The student's dtype, under the same autocast, has no such floor.
     kwargs.setdefault("dtype", dtype)
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs["use_safetensors"] = True  # a pickle runs code when it is loaded
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
     if num_processes > 1 or args.offload_teacher:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,24 +19,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
 from oprd import models
-from oprd._compat import RepeatSampler, is_vllm_available, prepare_deepspeed
+from oprd._compat import RepeatSampler, is_vllm_available
 from oprd.bridge import Bridge
-from oprd.evaluation import grade
-from oprd.objectives import position_weights, select_positions
-from oprd.states import Rollout, check_packed_attention, make_rollout, only, pack, tile_mlps, use_packed_attention
+from oprd.states import (
+    Rollout,
+    TeacherElsewhere,
+    check_packed_attention,
+    make_rollout,
+    only,
+    pack,
+    read_one_token,
+    tile_mlps,
+    use_packed_attention,
+)
 from oprd.training import heads, microbatches, preflight
+from oprd.training.checkpoints import CheckpointedTrainer
 from oprd.training.config import OPRDConfig
+from oprd.training.engines import check_engine, expose_head, is_sharded, lender_of, place_teacher, redirected
+from oprd.training.guard import Guard
 from oprd.training.meters import MemoryWatch, Meters, Stopwatch
 from oprd.training.microbatches import MicroBatch
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
 from oprd.training.pair import fit_prompts, open_bridge, open_pair
 from oprd.training.source import Source
-from oprd.training.teacher import Offloaded, check_settings, load_teacher
+from oprd.training.supervision import accuracy, counted_rows, supervise
+from oprd.training.teacher import load_teacher, open_teacher
 
 logger = get_logger(__name__)
 
 
-class OPRDTrainer(DistillationTrainer):
+class OPRDTrainer(CheckpointedTrainer):
     """On-policy distillation in hidden-state space (OPRD, arXiv 2606.06021), alone or beside next-token objectives.
 
     Each step samples responses from the student, runs both backbones once over them, and minimises
@@ -44,7 +57,8 @@ class OPRDTrainer(DistillationTrainer):
 
     Args:
         model: the student; a Hub id, a path, a model or a PEFT model.
-        teacher_model: the teacher, likewise; ``args.teacher_model_name_or_path`` if not given.
+        teacher_model: the teacher, likewise, or one elsewhere (`oprd.serving.connect`); ``args.teacher_model_name_or_path`` or
+            ``args.teacher_url`` if not given.
         args: `OPRDConfig`.
         train_dataset: needs a ``prompt`` column (text or chat messages). With an ``answer`` column, responses are graded
             and ``accuracy`` is logged.
@@ -93,22 +107,12 @@ class OPRDTrainer(DistillationTrainer):
         args = args or OPRDConfig("oprd")
         if args.use_vllm and not is_vllm_available():
             raise ValueError('vLLM is not installed: pip install "oprd[vllm]", or set use_vllm: false.')
-        if args.lm_head == "solved" and args.fsdp:
-            raise ValueError("lm_head: solved writes the whole head at the end, which FSDP shards. Use DDP or ZeRO-2.")
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 partitions the LM head before it can be compared or adopted, which this version does not "
-                "handle. Use ZeRO-2, or FSDP2 (accelerate config, fsdp_version: 2)."
-            )
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_model is None:
-            raise ValueError("No teacher: pass teacher_model, or set teacher_model_name_or_path.")
+        check_engine(args, has_adapter=peft_config is not None or hasattr(model, "get_base_model"))
         if teacher_model is model and not isinstance(model, str):
             raise ValueError("Student and teacher are one object, and the teacher is frozen. Pass a copy of it.")
-        check_settings(args, is_path=isinstance(teacher_model, str))
-        model, teacher_model = (models.resolve_path(m) if isinstance(m, str) else m for m in (model, teacher_model))
+        teacher_model, teacher_source = open_teacher(teacher_model, args)
+        model = models.resolve_path(model) if isinstance(model, str) else model
         student_source = Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code)
-        teacher_source = Source(teacher_model, args.teacher_model_revision, args.trust_remote_code)
         preflight.check_datasets(train_dataset, eval_dataset, responses_per_prompt=args.responses_per_prompt)
         if bridge is not None and args.bridge is not None:
             raise ValueError("Two bridges: pass bridge or set args.bridge, not both.")
@@ -147,19 +151,20 @@ class OPRDTrainer(DistillationTrainer):
         teacher, processes = teacher_model, self.accelerator.num_processes
         teacher = load_teacher(teacher, args, self.model.dtype, processes) if isinstance(teacher, str) else teacher
         teacher.requires_grad_(False).eval()
-        heads.check_loaded(self.model, teacher, is_fsdp=self.is_fsdp_enabled)
+        heads.check_loaded(self.model, teacher)
         pair.check_bridge(self.model, teacher)
         self._end_where_told(args.eos_token)
-        self.lm_head, why = heads.adopt_or_keep(
-            self.model,
-            teacher,
-            args.lm_head,
-            shapes.vocab_size,
-            pair.foreign,
-            through_bridge=bridge is not None and not self.is_fsdp_enabled,
-            other_vocabulary=shapes.teacher_vocab_size is not None,
-            trains_output=args.output_loss != "none",
-        )
+        with models.whole(*models.head_parameters(self.model, teacher), written=True):
+            self.lm_head, why = heads.adopt_or_keep(
+                self.model,
+                teacher,
+                args.lm_head,
+                shapes.vocab_size,
+                pair.foreign,
+                through_bridge=bridge is not None and not is_sharded(args),
+                other_vocabulary=shapes.teacher_vocab_size is not None,
+                trains_output=args.output_loss != "none",
+            )
         self.objective = args.objective(
             layers=shapes.layers,
             num_layers=shapes.num_layers,
@@ -171,24 +176,24 @@ class OPRDTrainer(DistillationTrainer):
         heads.freeze_and_report(
             self.model, teacher, self.objective, self.lm_head, why, head_alone=args.trainable == "head"
         )
-        tile_mlps(teacher)
+        read_here = [m for m in (self.model, teacher) if not isinstance(m, TeacherElsewhere)]
+        for model_here in read_here[1:]:
+            tile_mlps(model_here)
         if not tile_mlps(self.model, with_gradient=args.tile_mlp) and args.tile_mlp:
             raise ValueError("tile_mlp would be ignored: the student's blocks have no plain MLP. Unset it.")
-        for read in (self.model, teacher) if args.is_packed else ():
+        for read in read_here if args.is_packed else ():
             use_packed_attention(read)
-            if not self.is_fsdp_enabled:
+            if not is_sharded(args):
                 with self.accelerator.autocast():
                     check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
-        if self.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        else:  # told where to, as under FSDP accelerate leaves a model that it does not shard in main memory
-            here = not args.offload_teacher
-            self.teacher_model = self.accelerator.prepare_model(teacher, device_placement=here, evaluation_mode=True)
-        self.teacher_at_hand = Offloaded(teacher, self.accelerator.device).here if args.offload_teacher else nullcontext
+        self.teacher_model, self.teacher_at_hand = place_teacher(teacher, args, self.accelerator)
+        self._lender = lender_of(teacher)
+        expose_head(self.model, args)
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
         self._stopwatches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
         self._memory = MemoryWatch(self.accelerator.device)
+        self._guard = Guard(self)
         self.usage = {"tokens_generated": 0, "tokens_trained": 0}  # over all processes, since this object was made
 
     @property
@@ -234,61 +239,29 @@ class OPRDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         started = self._stopwatch.now()
         batch = super()._generate_and_score_completions(inputs)
+        batch["is_counted"] = counted_rows(self.accelerator, len(inputs))
         if self.args.is_packed:
             batch, inputs = microbatches.balance(batch, inputs, self.accelerator)
         self._stopwatch.seconds["rollout"] += self._stopwatch.now() - started
-        generated = batch["completion_mask"].bool()
-        if "tool_mask" in batch:
-            generated = generated & batch["tool_mask"].bool()
-        share = None
-        if self._pair.reader is not None:
-            batch |= self._pair.reader.read(
-                [row["prompt"] for row in inputs], batch["completion_ids"], batch["completion_mask"]
-            )
-            share = self._paired_share(batch, generated, mode)
-        masks = {
-            "state": select_positions(generated, self.args.positions, self.args.position_k),
-            "output": generated & (batch["completion_ids"] < self.vocab_size),  # vLLM may sample padded rows
-        }
-        if share is not None:
-            masks["state"] = masks["state"] & (batch["teacher_columns"][..., self._partner_column] >= 0)
-        used = [masks["state"]] * self.objective.uses_states + [masks["output"]] * self.objective.uses_output
-        supervised = torch.stack(used).any(0)
-        counts = [count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())]
-        counts = torch.stack([*counts, generated.sum(), supervised.sum()])
-        counts = self.accelerator.reduce(counts.float(), reduction="sum")
-        for (name, mask), (rows, positions) in zip(masks.items(), counts[:4].view(2, 2), strict=True):
-            batch[f"{name}_weights"] = position_weights(
-                mask, self.args.reduction, num_sequences=rows, num_positions=positions
-            )
-        _, _, _, response_tokens, generated_tokens, supervised_tokens = counts.tolist()
-        self._metrics[mode]["response_tokens"].append(response_tokens)
+        found = supervise(
+            batch,
+            [row["prompt"] for row in inputs],
+            args=self.args,
+            objective=self.objective,
+            vocab_size=self.vocab_size,
+            reader=self._pair.reader,
+            accelerator=self.accelerator,
+        )
+        for name, value in found.metrics.items():
+            self._metrics[mode][name].append(value)
         if mode == "train":
-            self.usage["tokens_generated"] += int(generated_tokens)
-            self.usage["tokens_trained"] += int(supervised_tokens)
+            self.usage["tokens_generated"] += found.generated
+            self.usage["tokens_trained"] += found.trained
         if "answer" in inputs[0]:  # a column is there on every process or on none; a single answer may be missing
-            texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
             answers = [row["answer"] for row in inputs]
-            right = [
-                float("nan") if a is None else float(grade(t, str(a))) for t, a in zip(texts, answers, strict=True)
-            ]
-            right = self.accelerator.gather(torch.tensor(right, device=self.accelerator.device))
-            self._metrics[mode]["accuracy"].append(right.nanmean().item())
-        return batch
-
-    @property
-    def _partner_column(self) -> int:
-        return 0 if self.args.state_at == "predictive" else 1
-
-    def _paired_share(self, batch: dict[str, Any], generated: Tensor, mode: str) -> float:
-        """Share of response tokens, over all processes, whose state has a partner on the teacher's side."""
-        paired = generated & (batch["teacher_columns"][..., self._partner_column] >= 0)
-        counts = self.accelerator.reduce(torch.stack([paired.sum(), generated.sum()]).float(), reduction="sum")
-        share = (counts[0] / counts[1].clamp(min=1)).item()
-        self._metrics[mode]["paired_share"].append(share)
-        if self.objective.representation_weight and self._pair.reader.crossing is not None:
-            self._pair.reader.check_pairs(batch, generated, self.args.min_paired_share, share)
-        return share
+            share = accuracy(batch, answers, self.processing_class, self.accelerator)
+            self._metrics[mode]["accuracy"].append(share)
+        return batch | found.tensors
 
     def make_rollout(self, batch: dict[str, Any]) -> Rollout:
         """One micro-batch, ready for both models."""
@@ -316,10 +289,12 @@ class OPRDTrainer(DistillationTrainer):
         """Of one micro-batch; of all of them, if ``inputs`` are not cut yet (in evaluation)."""
         if isinstance(inputs, MicroBatch):
             loss = self._micro_batch_loss(model, inputs)
+            self._guard.has_loss = True
         else:
             parts = microbatches.cut(inputs, self.args.max_tokens_per_microbatch, self.accelerator)
             loss = torch.stack([self._micro_batch_loss(model, part) for part in parts]).sum()
             self._meter.end_batch()
+            loss = self.accelerator.reduce(loss, reduction="mean")  # the loop weighs processes by rows that count
         return (loss, None) if return_outputs else loss
 
     def _micro_batch_loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -330,12 +305,12 @@ class OPRDTrainer(DistillationTrainer):
         started = self._stopwatch.now()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with self.teacher_at_hand():
-            targets = self._forward_redirection(self.teacher_model, teacher, self._teacher_states, teacher, rollout)
+            ask = partial(self._teacher_states, teacher, rollout)
+            targets = redirected(self._forward_redirection, self.teacher_model, teacher, ask)
         self._stopwatch.seconds["teacher"] += self._stopwatch.now() - started
         student = self.accelerator.unwrap_model(model)
-        loss, terms, sums = self._forward_redirection(
-            model, student, self._student_loss, student, teacher, rollout, targets
-        )
+        ask = partial(self._student_loss, student, rollout, targets)
+        loss, terms, sums = redirected(self._forward_redirection, model, student, ask)
         self._meter.add(terms, sums)
         # The weights' denominators are global; DDP and the logged loss average over processes.
         return loss * self.accelerator.num_processes
@@ -344,11 +319,11 @@ class OPRDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             return teacher_states(self.objective, teacher, rollout)
 
-    def _student_loss(
-        self, student: nn.Module, teacher: nn.Module, rollout: Rollout, targets: TeacherStates
-    ) -> tuple[Tensor, Terms, Sums]:
+    def _student_loss(self, student: nn.Module, rollout: Rollout, targets: TeacherStates) -> tuple[Tensor, Terms, Sums]:
         with self.accelerator.autocast():
-            return student_loss(self.objective, student, teacher, rollout, targets)
+            if self.args.gradient_scope == "suffix" and rollout.student_prefix is None and is_sharded(self.args):
+                read_one_token(student, rollout.student, self.objective.top_layer)
+            return student_loss(self.objective, student, self._lender, rollout, targets)
 
     @property
     def _stopwatch(self) -> Stopwatch:
@@ -364,21 +339,33 @@ class OPRDTrainer(DistillationTrainer):
         started = self._stopwatch.now()
         batch = self._prepare_inputs(inputs)
         parts = microbatches.cut(batch, self.args.max_tokens_per_microbatch, self.accelerator)
-        state, loss = self.accelerator.gradient_state, 0.0
+        state = self.accelerator.gradient_state
         meets = state.sync_gradients
-        for is_last, part in ((part is parts[-1], part) for part in parts):
+
+        def one(part: MicroBatch, is_last: bool) -> Tensor:
             state._set_sync_gradients(meets and is_last)
             self._memory.begin()
             meet = is_last or self.accelerator.is_fsdp2  # where no_sync holds whole gradients, and ends an outer one
             with nullcontext() if meet else self.accelerator.no_sync(model):
-                loss = loss + super(DistillationTrainer, self).training_step(model, part, num_items_in_batch)
+                loss = super(DistillationTrainer, self).training_step(model, part, num_items_in_batch)
             self._memory.end()
+            return loss
+
+        loss = self._guard.run(model, parts, one)
         self._meter.end_batch()
         self._step += 1  # TRL's own counter
         self._stopwatch.seconds["step"] += self._stopwatch.now() - started
         if self._step % self.current_gradient_accumulation_steps == 0:
             self._record_times()
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Transformers' norm, behind which nothing stands between a gradient and the weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._guard.check(model, norm)
+        if self.args.on_nonfinite == "skip":
+            self._metrics["train"]["skipped_updates"].append(self._guard.skipped)
+        return norm
 
     # ------------------------------------------------------------------------------------------------------- logging
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -153,6 +153,21 @@ class RolloutEngine:
         return [answer_of(self.tokenizer, list(ids), ends) for ids in written[: len(prompts)]]
 
 
+class _Watched:
+    """An engine that can be left between two batches."""
+
+    def __init__(self, engine: Engine, check: Callable[[], None]) -> None:
+        self._engine, self._check = engine, check
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
+        """See `Engine`."""
+        self._check()
+        return self._engine.generate(prompts, sampling, seed)
+
+
 class BenchmarkScores(TrainerCallback):
     """Scores the student every n updates into ``evaluations/step-N/`` and the log; keeps the best under ``best``.
 
@@ -167,6 +182,7 @@ class BenchmarkScores(TrainerCallback):
         self._validation = next(iter(benchmarks)) if config.validation_benchmark else None
         self._scored_at: int | None = None
         self.seconds = 0.0
+        trainer.scorer = self._score_if_due
         for benchmark in benchmarks.values():
             self._warn_of_training_problems(benchmark)
 
@@ -184,9 +200,11 @@ class BenchmarkScores(TrainerCallback):
         if state.global_step == 0:
             self.score(state, control)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def _score_if_due(self) -> None:
+        """Called by the trainer where evaluations are: after the step's log, before its checkpoint."""
+        state = self._trainer.state
         if state.global_step % self._config.benchmark_steps == 0 and state.global_step < state.max_steps:
-            self.score(state, control)
+            self.score(state, self._trainer.control)
 
     def score(self, state: Any, control: Any) -> None:
         """Score the student as it is now. Every process must call it."""
@@ -238,6 +256,7 @@ class BenchmarkScores(TrainerCallback):
                 unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
                 engine = TransformersEngine(stack.enter_context(unwrapped), tokenizer)
                 stack.enter_context(accelerator.autocast())
+            engine = _Watched(engine, trainer.check_stop)
             graded = draw(engine, benchmark.problems, self._sampling, part=part, progress=shown)
         return Evaluation.of(graded if part == (0, 1) else gather_object(graded))
 

@@ -1,0 +1,83 @@
+"""``--accelerate_config``: the same command in several processes, by ``accelerate launch``."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+KEY = "accelerate_config"
+LAUNCH_HELP: dict[str, str] = {
+    KEY: "How processes are laid out: the name of a configuration that ships with oprd (single_gpu, multi_gpu, fsdp2, zero2, "
+    "zero3, multi_gpu_nodes, fsdp2_nodes, zero3_nodes) or a file of accelerate config. docs/scale.md says which.",
+    "num_processes": "Processes over all machines, one per GPU (default: the configuration's).",
+    "num_machines": "Machines.",
+    "machine_rank": "Which of the machines this is, from 0.",
+    "main_process_ip": "Address of machine 0.",
+    "main_process_port": "A free port on machine 0.",
+}
+
+
+def launch(command: list[str], arguments: list[str]) -> int | None:
+    """Run ``oprd COMMAND ARGUMENTS`` again, in the processes that ``--accelerate_config`` asks for.
+
+    Args:
+        command: such as ``["train"]``.
+
+    Returns:
+        The exit status; None if nothing of the kind was asked for, or this is one of those processes.
+
+    Raises:
+        ValueError: an unknown configuration, or launch settings without one.
+    """
+    asked, rest = _taken(arguments)
+    if not asked:
+        return None
+    if KEY not in asked:
+        raise ValueError(f"--{next(iter(asked))} is for several processes: say how with --{KEY} NAME (docs/scale.md).")
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError(f"--{KEY} inside accelerate launch or torchrun: choose one of the two.")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    config = _config_file(asked.pop(KEY))
+    settings = [part for name, value in asked.items() for part in (f"--{name}", value)]
+    parsed = launch_command_parser().parse_args(
+        ["--config_file", str(config), *settings, "--module", "oprd", *command, *rest]
+    )
+    try:
+        launch_command(parsed)
+    except SystemExit as status:
+        return int(status.code or 0)
+    except Exception as error:  # torch's launcher wraps whatever a process failed of, and each has said so itself
+        if type(error).__name__ not in ("ChildFailedError", "SignalException", "CalledProcessError"):
+            raise
+        return 1
+    return 0
+
+
+def _taken(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Launch settings, and the arguments without them."""
+    asked: dict[str, str] = {}
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in LAUNCH_HELP:
+            value = value if equals else next(remaining, "")
+            if not value:
+                raise ValueError(f"--{name} needs a value.")
+            asked[name] = value
+        else:
+            rest.append(argument)
+    return asked, rest
+
+
+def _config_file(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(files("oprd"))) / "launch"
+    path = folder / f"{name}.yaml"
+    known = sorted(entry.stem for entry in folder.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"--{KEY} {name}: neither a file nor one of {', '.join(known)}.")
+    return path

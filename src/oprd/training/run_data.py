@@ -1,0 +1,81 @@
+"""Everything that a run reads besides models: prompts to train on, prompts to evaluate on, benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoConfig
+
+from oprd.evaluation.benchmarks import Benchmark
+from oprd.lineage.inputs import data_record
+from oprd.model_files import check_model, load_tokenizer
+from oprd.models import resolve_path
+from oprd.prompts import load_prompts
+from oprd.training.recipe import Configs, DataConfig
+from oprd.training.validation import load_benchmarks
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run reads besides models."""
+
+    train: Dataset
+    eval: Dataset | None
+    benchmarks: dict[str, Benchmark]
+
+    def records(self, data: DataConfig) -> dict[str, Any]:
+        """Content hashes for the manifest."""
+        named = {"train": data_record(str(data.dataset_name), self.train)}
+        if self.eval is not None:
+            named["eval"] = data_record(str(data.eval_dataset_name), self.eval)
+        for name, benchmark in self.benchmarks.items():
+            named[name] = {"name": benchmark.source, "rows": len(benchmark.problems), "hash": benchmark.hash}
+        return named
+
+
+def load_data(configs: Configs) -> RunData:
+    """Prompts and benchmarks, checked.
+
+    Raises:
+        ValueError: no student or no prompts named, evaluation half set up, or what the data checks find.
+    """
+    data, args, model, _, benchmark = configs
+    if model.model_name_or_path is None:
+        raise ValueError("No student: set model_name_or_path.")
+    if data.dataset_name is None:
+        raise ValueError("No prompts: set dataset_name to a Hub id or a parquet, json or jsonl file.")
+    if args.teacher_model_name_or_path is None and args.teacher_url is None:
+        raise ValueError("No teacher: set teacher_model_name_or_path, or teacher_url.")
+    named = {"student": model.model_name_or_path, "teacher": args.teacher_model_name_or_path}
+    for role, name in ((role, name) for role, name in named.items() if name is not None):
+        check_model(resolve_path(name), role, trust_remote_code=args.trust_remote_code)
+    columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column, "as_chat": data.as_chat}
+    train_dataset = load_prompts(
+        data.dataset_name,
+        config=data.dataset_config,
+        split=data.dataset_train_split,
+        drop_duplicates=data.drop_duplicates,
+        **columns,
+    )
+    evaluates = args.eval_strategy != "no"
+    if evaluates != (data.eval_dataset_name is not None):
+        raise ValueError("Evaluation needs both eval_strategy (steps or epoch) and eval_dataset_name; one is missing.")
+    eval_dataset = (
+        load_prompts(data.eval_dataset_name, config=data.eval_config, split=data.eval_split, **columns)
+        if evaluates
+        else None
+    )
+    benchmarks: dict[str, Benchmark] = {}
+    if benchmark.validation_benchmark or benchmark.tests:
+        student = resolve_path(model.model_name_or_path)
+        where = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+        config = AutoConfig.from_pretrained(student, **where).get_text_config()
+        benchmarks = load_benchmarks(
+            benchmark,
+            load_tokenizer(student, "student", **where),
+            context=getattr(config, "max_position_embeddings", None),
+            max_new_tokens=args.max_completion_length,
+        )
+    return RunData(train_dataset, eval_dataset, benchmarks)
