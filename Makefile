@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test lint table kill-test fuzz clean
+.PHONY: help install demo test lint table scale-test kill-test soak fuzz audit clean
 
 help:
 	@echo "make demo    distil the embedded miniature and compare (about 5 minutes on 2 cores)"
 	@echo "make test    lint and all tests (about 12 minutes on 2 cores)"
 	@echo "make kill-test  kill runs at some forty moments, repeat the command, compare (about 15 minutes)"
+	@echo "make soak    2,000 updates with every option on: does anything grow? (about an hour)"
+	@echo "make scale-test  DDP, FSDP2, ZeRO-2 and ZeRO-3 with 2 and 4 processes against one (about 15 minutes)"
 	@echo "make fuzz    throw thousands of malformed requests at a served teacher (some minutes)"
+	@echo "make audit   look for known vulnerabilities in the pinned versions (needs a network)"
 	@echo "make table   the full comparison of docs/results.md (hours)"
 
 install: $(VENV)/.installed
@@ -39,8 +42,22 @@ table: install
 kill-test: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_test.py
 
+soak: install
+	$(BIN)/python benchmarks/soak.py
+
+scale-test: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[deepspeed]"
+	OMP_NUM_THREADS=1 OPRD_PROCESSES=2 $(BIN)/python -m pytest tests/equivalence/test_engines.py
+	OMP_NUM_THREADS=1 OPRD_PROCESSES=4 $(BIN)/python -m pytest tests/equivalence/test_engines.py
+
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz --requests 5000
+
+# In a virtual environment of its own: the auditor's packages are not ours to pin.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache runs

@@ -41,6 +41,8 @@ def fsdp_on_cpu():
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = started
 
@@ -79,7 +81,8 @@ def main(out, engine, cases):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     # All models first: while ZeRO-3 is on, transformers makes new ones in parts, with other weights.
     cases = {
-        name: {"model": tiny_model(seed=0), "teacher": tiny_model(seed=1), **settings, **ENGINES[engine]}
+        name: {"model": tiny_model(seed=0), "teacher": tiny_model(seed=1 - settings.pop("same", 0)), **settings}
+        | ENGINES[engine]
         | (other_teacher(settings["other"]) if "other" in settings else {})
         for name, settings in cases.items()
     }

@@ -23,6 +23,7 @@ CASES = {
     "bridge": LONG | {"other": "shape", "lm_head": "keep"},
     "prefix marginals": LONG | {"other": "tokenizer", "output_loss": "top_k"},
     "composite": LONG | {"output_loss": "full", "logit_weight": 0.1, "layers": [1, 3]},
+    "half precision, the student's own weights as the teacher": SHORT | {"bf16": True, "same": 1, "logit_weight": 0},
     "adopted head": SHORT | {"lm_head": "teacher"},
     "accumulated": SHORT | {"gradient_accumulation_steps": 2, "output_loss": "sampled"},
     "packed": SHORT | {"max_tokens_per_microbatch": 26, "gradient_checkpointing": True},
@@ -68,6 +69,9 @@ def test_engines_follow_one_process(alone, together, case):
     steps = CASES[case]["max_steps"]
     assert len(one["loss"]) == steps
     assert one["loss"][0] != pytest.approx(one["loss"][-1], rel=1e-3)  # it trains
+    if "bf16" in CASES[case]:  # engines round in different places: what they may not do is round one model only
+        assert many["loss"][0] <= one["loss"][0] < 1e-4
+        return
     for key, values in one.items():
         tolerance = {"rel": 1e-4} if "loss" in key else {"rel": 1e-3, "abs": 1e-4}
         assert many[key] == pytest.approx(values, **tolerance), key

@@ -148,7 +148,24 @@ def test_what_saves_memory_saves_what_it_should():
     assert plan(CONFIG, **shaped, processes=4).gradients == 2 * before.gradients  # DDP's buckets
     split = plan(CONFIG, **shaped, processes=4, sharding="zero2")
     assert (split.student, split.optimizer) == (before.student, before.optimizer / 4)
-    assert plan(CONFIG, **shaped, processes=4, sharding="fsdp").student == before.student / 4
+    head = 4 * 2048 * 64
+    for sharding, teacher in (
+        ("fsdp", 2 * head + (before.teacher - 2 * head) / 4),  # embeddings and head are whole
+        ("zero3", before.teacher / 4 + head),  # and here a copy of the head
+    ):
+        split = plan(CONFIG, **shaped, processes=4, sharding=sharding)
+        assert (split.student, split.gradients) == (before.student / 4, before.gradients / 4)
+        assert split.optimizer == before.optimizer / 4
+        assert split.teacher == teacher
+        assert split.activations > before.activations  # blocks are gathered to run
+
+
+def test_a_teacher_elsewhere_leaves_its_head_at_most():
+    shaped = {"rows": ((16, 240),), "is_packed": True, "teacher_elsewhere": True}
+    assert plan(CONFIG, **shaped).teacher == 0
+    metric = plan(CONFIG, **shaped, objective={"logit_weight": 1.0})
+    assert metric.teacher == 4 * 2048 * 64
+    assert metric.peak < plan(CONFIG, **shaped | {"teacher_elsewhere": False}, objective={"logit_weight": 1.0}).peak
 
 
 def test_fit_leaves_room():
@@ -173,5 +190,5 @@ def test_bridge_teacher_of_another_shape():
 def test_unknown_settings_are_errors():
     with pytest.raises(ValueError, match=r"gradient_scop;.*gradient_scope"):
         plan(CONFIG, gradient_scop="suffix")
-    with pytest.raises(ValueError, match="none, zero2, fsdp"):
-        plan(CONFIG, sharding="zero3")
+    with pytest.raises(ValueError, match="none, zero2, zero3, fsdp"):
+        plan(CONFIG, sharding="zero1")

@@ -59,7 +59,9 @@ class Bridge:
         for name in ("student_map", "teacher_map"):
             if self._tensors[name].ndim != 3 or 0 in self._tensors[name].shape:
                 shape = tuple(self._tensors[name].shape)
-                raise ValueError(f"bridge {name} has shape {shape}, expected layers x rank x width of at least 1. Fit it again.")
+                raise ValueError(
+                    f"bridge {name} has shape {shape}, expected layers x rank x width of at least 1. Fit it again."
+                )
         if any(layer < 1 for layer in self.layer_map):
             raise ValueError(f"bridge layer_map {self.layer_map} must count teacher layers from 1. Fit it again.")
         depth, rank = len(self.layer_map), student_maps.shape[1]

@@ -8,7 +8,7 @@ import json
 from oprd.commands.shared import show_events, show_rows
 
 PLAN_HELP = """\
-usage: oprd plan --config RECIPE [--gpu_memory GB] [--gpus N] [--sharding none|zero2|fsdp] [--prompt_tokens N]
+usage: oprd plan --config RECIPE [--gpu_memory GB] [--gpus N] [--sharding none|zero2|zero3|fsdp] [--prompt_tokens N]
                  [--all] [--key value ...] [--json]
 
 Peak memory of each GPU by category, FLOPs and tokens of one micro-batch, for the recipe and for its other gradient scope;
@@ -18,7 +18,8 @@ the rest is the driver's and the allocator's. If the recipe does not fit, what w
 
   --gpu_memory GB     memory of one GPU; by default this machine's, or 80
   --gpus N            processes, one on each GPU (default 1)
-  --sharding          zero2: gradients and optimiser states are split over the GPUs; fsdp: weights too (default none)
+  --sharding          zero2: gradients and optimiser states are split over the GPUs; zero3, fsdp: weights
+                      too, the student's and the teacher's (default none)
   --prompt_tokens N   length of a prompt; by default max_prompt_length, or 512
   --all               every objective, with full and with suffix gradient (a minute or two)
   --key value         any setting of oprd train
@@ -36,7 +37,7 @@ def run_plan(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(prog="oprd plan", add_help=False, allow_abbrev=False)
     own.add_argument("--gpu_memory", type=float)
     own.add_argument("--gpus", type=int, default=1)
-    own.add_argument("--sharding", choices=("none", "zero2", "fsdp"), default="none")
+    own.add_argument("--sharding", choices=("none", "zero2", "zero3", "fsdp"), default="none")
     own.add_argument("--prompt_tokens", type=int)
     own.add_argument("--all", action="store_true")
     own.add_argument("--json", action="store_true")

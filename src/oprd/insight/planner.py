@@ -26,7 +26,8 @@ OPTIMIZER_BYTES = {  # of state per trainable byte; whatever is not named here i
     "adagrad": 1.0,
 }
 ONE_STATE = ("lion", "rmsprop")  # of one number for each parameter
-SHARDING = ("none", "zero2", "fsdp")
+SHARDING = ("none", "zero2", "zero3", "fsdp")
+WHOLE = ("fsdp", "zero3")  # shardings that split the weights themselves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Setup:
 
     ``rows_generated``: responses that a process samples at once, of ``rows``' longest. ``in_vllm``: share of the GPU that vLLM
     keeps, asleep during the update with ``vllm_sleeps``; None where transformers generates.
+    ``teacher_elsewhere``: `oprd serve-teacher` holds the teacher; only its head is here, if a loss needs it.
     """
 
     shapes: Shapes
@@ -47,6 +49,7 @@ class Setup:
     vllm_sleeps: bool = False
     offload_teacher: bool = False
     teacher_in_8bit: bool = False
+    teacher_elsewhere: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +66,13 @@ class Plan:
 
     @property
     def student(self) -> float:
-        return self._split(self.counts.student, "fsdp")
+        return self._split(self.counts.student, *WHOLE)
 
     @property
     def gradients(self) -> float:
         """With several processes and no sharding DDP's buckets hold them once more."""
         copies = 2 if self.setup.processes > 1 and self.setup.sharding == "none" else 1
-        return copies * self._split(self.counts.gradients, "fsdp", "zero2")
+        return copies * self._split(self.counts.gradients, "zero2", *WHOLE)
 
     @property
     def optimizer(self) -> float:
@@ -82,14 +85,15 @@ class Plan:
                 size += self.counts.embeddings * states * 3
         else:
             size = self.counts.gradients * OPTIMIZER_BYTES.get(name, 2.0)
-        return self._split(size, "fsdp", "zero2")
+        return self._split(size, "zero2", *WHOLE)
 
     @property
     def teacher(self) -> float:
         """The teacher's weights while the student runs, and the bridge."""
-        size = self._teacher_whole
-        if self.setup.offload_teacher:
-            size = self.counts.teacher_head
+        if self.setup.teacher_elsewhere:
+            size = float(self.counts.teacher_head if self.setup.objective.uses_head else 0)
+        else:
+            size = self.counts.teacher_head if self.setup.offload_teacher else self._teacher_held
         return size + self.counts.bridge
 
     @property
@@ -99,8 +103,8 @@ class Plan:
 
     @property
     def activations(self) -> float:
-        """What the student's forward and backward hold at their peak; under FSDP with the blocks that are gathered."""
-        return self.counts.student_rise + self._gathered(self.counts.student)
+        """What the student's forward and backward hold at their peak; where weights are split, with the blocks that are gathered."""
+        return self.counts.student_rise + self._gathered(self.counts.student, self.setup.shapes.student)
 
     @property
     def generation(self) -> float:
@@ -120,10 +124,13 @@ class Plan:
         always = self.student + self.optimizer
         kept = self.setup.in_vllm is not None and not self.setup.vllm_sleeps
         vllm = self.generation if kept else 0.0
-        teacher = self._teacher_whole + self.counts.bridge
+        teacher = self.teacher
+        if not self.setup.teacher_elsewhere:
+            blocks = self._gathered(self._teacher_whole, self.setup.shapes.teacher)
+            teacher = self._teacher_held + self.counts.bridge + self.counts.teacher_rise + blocks
         moments = [
             self.teacher + (0.0 if kept else self.generation),
-            self.gradients + teacher + self.counts.teacher_rise,
+            self.gradients + teacher,
             self.gradients + self.teacher + self.targets + self.activations,
         ]
         return always + vllm + max(moments)
@@ -155,11 +162,23 @@ class Plan:
     def _split(self, size: float, *by: str) -> float:
         return size / self.setup.processes if self.setup.sharding in by else float(size)
 
-    def _gathered(self, size: int) -> float:
-        """Under FSDP two blocks at a time are whole, the one that runs and the next."""
-        if self.setup.sharding != "fsdp":
+    def _gathered(self, size: float, config: PretrainedConfig) -> float:
+        """Where weights are split two blocks at a time are whole, the one that runs and the next."""
+        if self.setup.sharding not in WHOLE:
             return 0.0
-        return 2 * size / max(self.setup.shapes.student.get_text_config().num_hidden_layers, 1)
+        if (half := self.setup.shapes.autocast) is not None:
+            size = size * half.itemsize / self.setup.shapes.dtype.itemsize
+        return 2 * size / max(config.get_text_config().num_hidden_layers, 1)
+
+    @property
+    def _teacher_held(self) -> float:
+        """FSDP2 splits the teacher's blocks and leaves embeddings and head whole; ZeRO-3 splits all, and a copy of the head
+        is whole. Otherwise each GPU has all of it."""
+        if self.setup.sharding == "zero3":
+            return self._split(self._teacher_whole, "zero3") + self.counts.teacher_head
+        tied = self.setup.shapes.teacher.get_text_config().tie_word_embeddings
+        ends = self.counts.teacher_head * (1 if tied else 2)
+        return ends + self._split(self._teacher_whole - ends, "fsdp")
 
     @property
     def _teacher_whole(self) -> float:
@@ -167,7 +186,7 @@ class Plan:
         if self.setup.teacher_in_8bit:
             dtype = self.setup.shapes.teacher_dtype or self.setup.shapes.dtype
             size -= self.counts.teacher_linear * (dtype.itemsize - 1)
-        return float(size)  # each GPU has all of it, also where the student is sharded
+        return float(size)
 
 
 def _short(value: float) -> float:
@@ -185,11 +204,23 @@ def plan_setup(setup: Setup, gpu: float = 80 * GB) -> Plan:
     """
     if setup.sharding not in SHARDING:
         raise ValueError(f"sharding must be one of {', '.join(SHARDING)}, got {setup.sharding!r}.")
-    counted = dataclasses.replace(setup.objective, offload_targets=False)
-    key = repr((setup.shapes, counted))
+    counts = _counted(setup.shapes, setup.objective)
+    if setup.sharding in WHOLE and setup.shapes.autocast is not None:
+        # Blocks are gathered in half precision, where autocast would keep a cast of all weights.
+        half = {"dtype": setup.shapes.autocast, "teacher_dtype": setup.shapes.autocast, "autocast": None}
+        run = _counted(dataclasses.replace(setup.shapes, **half), setup.objective)
+        kept = ("targets", "targets_by_layer", "teacher_rise", "student_rise")
+        counts = counts._replace(**{name: getattr(run, name) for name in kept})
+    return Plan(setup, gpu, counts)
+
+
+def _counted(shapes: Shapes, objective: Objective) -> Counts:
+    """Simulated once for the same shapes and objective."""
+    objective = dataclasses.replace(objective, offload_targets=False)
+    key = repr((shapes, objective))
     if key not in _COUNTED:
-        _COUNTED[key] = simulate(setup.shapes, counted)
-    return Plan(setup, gpu, _COUNTED[key])
+        _COUNTED[key] = simulate(shapes, objective)
+    return _COUNTED[key]
 
 
 def plan(

@@ -138,7 +138,7 @@ class Client:
         again = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Later),
             stop=tenacity.stop_before_delay(patience),
-            wait=tenacity.wait_exponential_jitter(initial=0.25, max=15.0, jitter=1.0),
+            wait=tenacity.wait_exponential_jitter(initial=0.25, max=5.0, jitter=1.0),
             before_sleep=self._say_that_it_waits,
             reraise=True,
         )

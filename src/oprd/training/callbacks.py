@@ -42,17 +42,18 @@ class ProgressLine(ProgressCallback):
 class MetricsFile(TrainerCallback, ExportableState):
     """``metrics.jsonl`` in the output directory: one object per log, on the disk at once.
 
-    A checkpoint holds how many lines there were, and a resumed run keeps so many: those that follow are written again.
+    A checkpoint holds how many lines there were, and a resumed run keeps so many: those that follow are written again. A run
+    that is made longer keeps what it said at its former end too.
     """
 
     name = "metrics.jsonl"
 
     def __init__(self) -> None:
-        self.lines = 0
+        self.lines, self.max_steps = 0, 0
 
     def state(self) -> dict[str, Any]:
         """For transformers, which keeps it in a checkpoint's ``trainer_state.json``."""
-        return {"args": {}, "attributes": {"lines": self.lines}}
+        return {"args": {}, "attributes": {"lines": self.lines, "max_steps": self.max_steps}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -61,13 +62,14 @@ class MetricsFile(TrainerCallback, ExportableState):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(path) if state.global_step else []
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if saved is not None and state.global_step:
-            kept = kept[: saved["attributes"]["lines"]]
-        else:  # no checkpoint of ours
+        counted = saved["attributes"] if saved is not None and state.global_step else None
+        if counted and not counted["max_steps"] == state.global_step < state.max_steps:
+            kept = kept[: counted["lines"]]
+        else:  # no checkpoint of ours, or a finished run's
             kept = [line for line in kept if line["step"] <= state.global_step]
         with writing(path):
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.lines = len(kept)
+        self.lines, self.max_steps = len(kept), state.max_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:

@@ -58,7 +58,7 @@ class CheckpointedTrainer(DistillationTrainer):
 
         Args:
             undone: what a resumed run does before it goes on.
-            numbers: the random state to go on from, if it is another than the present one.
+            numbers: of before, if a resumed run is not to go on from the present ones.
         """
         self.store_flos()
         run, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
@@ -118,11 +118,15 @@ class CheckpointedTrainer(DistillationTrainer):
         if scaler is not None and self.args.should_save:
             save_tree(Path(output_dir), SCALER, scaler.state_dict())
 
+    def numbers(self) -> dict[str, Any]:
+        """What an evaluation changes: random numbers, and whether the model trains, by which transformers and TRL log."""
+        return {"random": random_state(self.accelerator.device), "training": self.model.training}
+
     def _progress(self, undone: tuple[str, ...], numbers: dict | None) -> dict[str, Any]:
         """What this process alone knows: random numbers, and what it has added up since the last log."""
         return {
             "processes": self.accelerator.num_processes,
-            "random": numbers or random_state(self.accelerator.device),
+            **(numbers or self.numbers()),
             "loss": self._tr_loss,
             "loss_before": self._total_loss_scalar,
             "logged_at": self._globalstep_last_logged,
@@ -224,6 +228,7 @@ class CheckpointedTrainer(DistillationTrainer):
         if progress["processes"] != processes:
             logger.warning(f"{checkpoint} was written by {progress['processes']} processes, not {processes}.")
         set_random_state(progress["random"], device)
+        self.model_wrapped.train(progress["training"])
         self._tr_loss, self._total_loss_scalar = progress["loss"].to(device), progress["loss_before"]
         self._globalstep_last_logged, self._latest = progress["logged_at"], progress["latest"]
         self._is_summarised, self._ended_step = progress["is_summarised"], self.state.global_step
@@ -310,7 +315,7 @@ class CheckpointedTrainer(DistillationTrainer):
         for work in (BENCHMARKS, EVALUATION):
             if asked or work not in due:
                 continue
-            numbers = random_state(self.accelerator.device)  # evaluation draws from training's generators
+            numbers = self.numbers()  # evaluation draws from training's generators
             try:
                 if work == BENCHMARKS:
                     self.scorer()

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from oprd import models
@@ -92,9 +92,13 @@ def place_teacher(teacher: PreTrainedModel, args: OPRDConfig, accelerator: Accel
 
 
 def _sharded(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """Each block a unit of FSDP2, in its own dtype. Embeddings and LM head (often one tensor) stay whole."""
+    """Each block a unit of FSDP2, in the student's precision: where that rounds the residual stream, a teacher that did not
+    would be at a distance even from itself. Embeddings and LM head (often one tensor) stay whole."""
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
-    how = {"offload_policy": plugin.cpu_offload}
+    how: dict[str, Any] = {
+        "offload_policy": plugin.cpu_offload,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    }
     if mesh is not None:
         how["mesh"] = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     backbone = models.backbone_of(teacher)

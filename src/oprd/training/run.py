@@ -19,14 +19,13 @@ from oprd.lineage.card import write_card
 from oprd.lineage.hashing import combined_hash, folder_hashes
 from oprd.lineage.inputs import model_record
 from oprd.lineage.manifest import NAME, Manifest, read_manifest
-from oprd.models import resolve_path
+from oprd.models import causal_lm, resolve_path
 from oprd.records import check_folder, write_text
 from oprd.training.bridging import RolloutTrainer, fit_bridge, rollout_settings
 from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
 from oprd.training.preflight import check_attention
-from oprd.training.random_numbers import random_state
 from oprd.training.recipe import Configs, parse, repeated, resolved, second_stage
 from oprd.training.run_data import RunData, load_data
 from oprd.training.run_record import Call, say_whether_identical, start_manifest
@@ -218,13 +217,17 @@ def _train(
         manifest.update(force=True)
         write_text(directory / "config.yaml", yaml.safe_dump(manifest.content["config"], sort_keys=True))
     trainer.train(resume_from_checkpoint=checkpoint)
-    numbers = random_state(trainer.accelerator.device)
+    numbers = trainer.numbers()
+    head = causal_lm(trainer.accelerator.unwrap_model(trainer.model_wrapped)).get_output_embeddings().weight
+    trained = head.detach().clone() if trainer.lm_head == "solved" else None
     try:
-        if trainer.lm_head == "solved":
+        if trained is not None:
             solve_head(trainer)
         if scores is not None:
             scores.score(trainer.state, trainer.control)
     except Stopped:
+        if trained is not None:  # a checkpoint holds what was trained; the head is solved from that again
+            head.data.copy_(trained)
         is_saved = (directory / f"checkpoint-{trainer.state.global_step}").is_dir()
         trainer.stop(numbers=numbers, is_saved=is_saved or args.load_best_model_at_end)
 

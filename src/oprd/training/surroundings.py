@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ import torch
 
 from oprd.models import resolve_path
 from oprd.records import check_folder
+
+logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 3.0
 HALF = ("bfloat16", "float16")
@@ -46,7 +49,7 @@ def check_surroundings(args: Any, model: Any) -> None:
         ValueError: with what to change.
     """
     check_packages(args, model)
-    check_not_one(args, model)
+    say_if_one(args, model)
     check_precision(args, model)
     check_paths(args)
     check_output_dir(args.output_dir, model.model_name_or_path)
@@ -71,20 +74,16 @@ def check_backends(args: Any) -> None:
     check_port()
 
 
-def check_not_one(args: Any, model: Any) -> None:
-    """A student has nothing to learn from itself, unless it is quantised and the teacher is not.
-
-    Raises:
-        ValueError: one model in both roles.
-    """
+def say_if_one(args: Any, model: Any) -> None:
+    """Say aloud that a student is its own teacher: a control, or a slip. Not of one that is quantised."""
     names = model.model_name_or_path, args.teacher_model_name_or_path
     paths = [os.path.realpath(resolve_path(name)) for name in names if name]
     is_quantised = model.load_in_4bit or model.load_in_8bit
     revisions = model.model_revision or "main", args.teacher_model_revision or "main"
     if len(paths) == 2 and paths[0] == paths[1] and revisions[0] == revisions[1] and not is_quantised:
-        raise ValueError(
-            f"Student and teacher are one model ({names[1]}): their states agree already, and there is nothing to learn. Name "
-            "another teacher in teacher_model_name_or_path."
+        logger.warning(
+            f"Student and teacher are one model ({names[1]}): they agree already, and there is nothing to learn. Unless this is "
+            "a control, name another teacher in teacher_model_name_or_path."
         )
 
 
