@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from peft import LoraConfig
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from oprd.insight import plan
@@ -50,8 +51,10 @@ MODELS: dict[str, tuple[PretrainedConfig, int]] = {  # shape, tokens of a micro-
     "8B": (_qwen3(36, 4096, 32, 12_288), 8192),
     "32B": (_qwen3(64, 5120, 64, 25_600), 8192),
 }
+LORA = {"peft": LoraConfig(r=32, target_modules="all-linear"), "dtype": torch.bfloat16, "autocast": None}
 LAYOUTS = (
     (1, "none", {}),
+    (1, "none", {"LoRA, bf16 weights": LORA}),
     (1, "none", {"offload_teacher": True}),
     (1, "none", {"teacher_elsewhere": True}),
     (8, "none", {}),
@@ -82,11 +85,10 @@ def main() -> None:
                 processes=processes,
                 sharding=sharding,
                 is_packed=True,
-                autocast=torch.bfloat16,
                 in_vllm=0.3,
                 vllm_sleeps=True,
                 on_gpu=True,
-                **extra,
+                **{"autocast": torch.bfloat16} | extra.get("LoRA, bf16 weights", extra),
             ).row
             layout = ", ".join(
                 ["one GPU" if processes == 1 else NAMES[sharding], *(e.replace("_", " ") for e in extra)]

@@ -151,7 +151,9 @@ def test_random_numbers_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "thing", [object(), {1, 2}, 1j, {(1, 2): 3}, {"1": 0, 1: 0}, np.array([object()]), [len]], ids=str
+    "thing",
+    [object(), {1, 2}, 1j, {(1, 2): 3}, {"1": 0, 1: 0}, np.array([object()]), [len]],
+    ids=["object", "set", "complex", "tuple as a key", "keys that are one as text", "array of objects", "function"],
 )
 def test_what_would_need_a_pickle_is_refused_by_place(tmp_path, thing):
     with pytest.raises(ValueError, match=r"state\.inner.* cannot hold without pickling"):
