@@ -62,6 +62,7 @@ LAYOUTS = (
     (8, "fsdp", {}),
     (8, "zero3", {}),
     (8, "fsdp", {"teacher_elsewhere": True}),
+    (16, "fsdp", {}),
     (64, "zero2", {}),
     (64, "fsdp", {}),
 )

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from oprd.training.recipe import parse, resolved
+from oprd.training.recipe import parse, resolved, without_secrets
 
 
 def recipe(tmp_path, **settings):
@@ -54,3 +54,20 @@ def test_evaluation_needs_both_of_its_settings(tmp_path):
     for half in ({"eval_dataset_name": "miniature:test.jsonl"}, {"eval_strategy": "steps", "eval_steps": 1}):
         with pytest.raises(ValueError, match="one is missing"):
             load_data(parse(["--config", recipe(tmp_path, **shared, **half)]))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--hub_token", "hf_x", "--max_steps", "3"], ["--hub_token", "***", "--max_steps", "3"]),
+        (["--hub_token=hf_x"], ["--hub_token=***"]),
+        (["--model_init_kwargs", '{"token": "hf_x"}'], ["--model_init_kwargs", "***"]),
+        (['--model_init_kwargs={"token": "hf_x"}'], ["--model_init_kwargs=***"]),
+        (
+            ["--max_tokens_per_microbatch", "64", "--eos_token", "</s>"],
+            ["--max_tokens_per_microbatch", "64", "--eos_token", "</s>"],
+        ),
+    ],
+)
+def test_the_command_is_kept_without_its_secrets(given, kept):
+    assert without_secrets(given) == kept

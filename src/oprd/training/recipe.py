@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -278,3 +279,16 @@ def _is_free(folder: Path, created: str) -> bool:
 def _repetitions(name: str) -> Iterator[str]:
     yield f"{name}-repeat"
     yield from (f"{name}-repeat-{number}" for number in itertools.count(2))
+
+
+def without_secrets(arguments: list[str]) -> list[str]:
+    """Arguments as a manifest keeps them."""
+    kept = []
+    for before, part in pairwise(["", *arguments]):
+        name, equals, value = part.partition("=")
+        holds = [key for key in SECRETS if f'"{key}"' in value or f'"{key}"' in part]
+        if equals and (name.removeprefix("--") in SECRETS or holds):
+            kept.append(f"{name}=***")
+        else:
+            kept.append("***" if before.removeprefix("--") in SECRETS or holds else part)
+    return kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -26,7 +25,7 @@ from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
 from oprd.training.preflight import check_attention
-from oprd.training.recipe import Configs, parse, repeated, resolved, second_stage
+from oprd.training.recipe import Configs, parse, repeated, resolved, second_stage, without_secrets
 from oprd.training.run_data import RunData, load_data
 from oprd.training.run_record import Call, say_whether_identical, start_manifest
 from oprd.training.saving import save_final
@@ -114,8 +113,7 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
     Raises:
         Stopped: on SIGTERM, when what is under way has been saved.
     """
-    said = ["***" if "token" in key else part for key, part in pairwise(["", *arguments])]
-    call = Call(["oprd", "train", *said], description=description)
+    call = Call(["oprd", "train", *without_secrets(arguments)], description=description)
     with SIGNALS.obeyed(), said_once():
         if "--from" not in arguments:
             return _run(arguments, call)
@@ -160,7 +158,7 @@ def _one_stage(configs: Configs, call: Call) -> bool:
     directory = Path(args.output_dir)
     named = args.resume_from_checkpoint if str(args.resume_from_checkpoint).lower() not in ("true", "false") else None
     resume = data.resume or str(args.resume_from_checkpoint).lower() == "true"
-    with locked(directory):
+    with locked(directory), SIGNALS.held_among(PartialState().num_processes):
         start = together(lambda: plan_start(directory, settings, resume=resume, named=named, max_steps=args.max_steps))
         if start.is_done:
             return PartialState().is_main_process
@@ -183,6 +181,7 @@ def _one_stage(configs: Configs, call: Call) -> bool:
                     manifest.content["fitted_bridge"] = model_record(str(fitted))
             trainer = build_trainer(loaded, args, model)
             with SIGNALS.held():
+                trainer.check_stop()
                 _train(trainer, configs, loaded, manifest, start.checkpoint, call.description)
                 if manifest is not None:
                     _close(manifest, directory, call)

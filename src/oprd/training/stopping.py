@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -69,6 +69,10 @@ class Signals:
             yield
         finally:
             self._depth -= 1
+
+    def held_among(self, processes: int) -> AbstractContextManager:
+        """`held`, if there are others: one that ended by itself would leave them waiting."""
+        return self.held() if processes > 1 else nullcontext()
 
     def _on_signal(self, number: int, _) -> None:
         is_echo = self.received is not None and time.monotonic() - self._at < ECHO_SECONDS
