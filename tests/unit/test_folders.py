@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from oprd.training import folders
-from oprd.training.checkpoint_files import Whole, checkpoints_of, newest_whole, rotate, whole
-from oprd.training.folders import CHECKSUMS, clean, damage, staged, staging_of, writing
+from oprd.durability import folders
+from oprd.durability.checkpoint_files import Whole, checkpoints_of, newest_whole, rotate, whole
+from oprd.durability.folders import CHECKSUMS, clean, damage, staged, staging_of, writing
 
 
 def checkpoint(run, step, text="weights"):

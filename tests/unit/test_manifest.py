@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from oprd.durability.stopping import Stopped
 from oprd.lineage import manifest as module
 from oprd.lineage.hashing import combined_hash, folder_hashes
 from oprd.lineage.manifest import Manifest, differing_inputs, read_manifest, run_name, total_cost
-from oprd.training.stopping import Stopped
 from runs import identity, make_run, record
 
 

@@ -5,10 +5,10 @@ import textwrap
 import pytest
 from accelerate import PartialState
 
+from oprd.durability.folders import staged
 from oprd.lineage.manifest import read_manifest
 from oprd.records import write_json
 from oprd.training import starting
-from oprd.training.folders import staged
 from oprd.training.starting import Start, locked, plan_start
 from runs import identity, make_run
 

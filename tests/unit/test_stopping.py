@@ -8,8 +8,8 @@ import time
 import pytest
 from accelerate import Accelerator
 
-from oprd.training import stopping
-from oprd.training.stopping import SIGNALS, Stopped, said_once
+from oprd.durability import stopping
+from oprd.durability.stopping import SIGNALS, Stopped, said_once
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_second_request_ends_it_at_once():
     process = subprocess.Popen(
         script("""
         import time
-        from oprd.training.stopping import SIGNALS
+        from oprd.durability.stopping import SIGNALS
         with SIGNALS.obeyed(), SIGNALS.held():
             print("ready", flush=True)
             for _ in range(600):
@@ -111,7 +111,7 @@ def test_processes_agree_though_only_one_was_asked(tmp_path):
         textwrap.dedent("""
         import os, signal, sys
         from accelerate import Accelerator
-        from oprd.training.stopping import SIGNALS
+        from oprd.durability.stopping import SIGNALS
         accelerator = Accelerator(cpu=True)
         with SIGNALS.obeyed(), SIGNALS.held():
             for step in range(1, 100):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from oprd.training.random_numbers import random_state, set_random_state
-from oprd.training.trees import has_tree, load_tree, save_tree
+from oprd.durability.random_numbers import random_state, set_random_state
+from oprd.durability.trees import has_tree, load_tree, save_tree
 
 CPU = torch.device("cpu")
 

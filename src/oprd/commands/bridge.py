@@ -36,8 +36,8 @@ def run_bridge(arguments: list[str]) -> int:
             return status
         as_json = "--json" in rest
         show_events()
+        from oprd.durability.stopping import Stopped
         from oprd.training.run import fit
-        from oprd.training.stopping import Stopped
 
         try:
             directory, bridge, is_main = fit([argument for argument in rest if argument != "--json"])

@@ -49,12 +49,12 @@ def run_train(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
     show_events()
+    from oprd.durability.stopping import Stopped
     from oprd.insight.plots import plot_runs
     from oprd.insight.report import write_report
     from oprd.insight.tables import run_summary
     from oprd.training.callbacks import read_metrics
     from oprd.training.run import run
-    from oprd.training.stopping import Stopped
 
     try:
         directory, is_main = run(arguments)

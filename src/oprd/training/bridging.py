@@ -25,12 +25,12 @@ from oprd import models
 from oprd.bridge import Bridge
 from oprd.bridge.collect import CONTROLS, RANDOM_STUDENT, RANDOM_TEACHER, SHUFFLED, Collection, before_of
 from oprd.bridge.predict import predict
+from oprd.durability.folders import writing
+from oprd.durability.stopping import SIGNALS, Stopped, any_process
 from oprd.objectives import map_layers
 from oprd.states import TeacherElsewhere
 from oprd.training.config import OPRDConfig
-from oprd.training.folders import writing
 from oprd.training.options import BRIDGE_HELP
-from oprd.training.stopping import SIGNALS, Stopped, any_process
 from oprd.training.trainer import OPRDTrainer
 
 logger = get_logger(__name__)

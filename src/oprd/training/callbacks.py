@@ -10,10 +10,10 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from oprd.durability.folders import writing
 from oprd.lineage.machine import peak_memory_bytes
 from oprd.lineage.manifest import Manifest
 from oprd.records import write_text
-from oprd.training.folders import writing
 
 SHOWN = {"loss": "loss", "cosine": "cos", "accuracy": "acc", "completions/mean_length": "len"}
 

@@ -1,6 +1,6 @@
 """Checkpoints that a kill at any moment cannot tear, and from which a run goes on bit for bit.
 
-A checkpoint is written beside its place, hashed, brought to the disk and renamed (`oprd.training.folders`); older ones go
+A checkpoint is written beside its place, hashed, brought to the disk and renamed (`oprd.durability.folders`); older ones go
 afterwards. Besides the model it holds what transformers keeps and what it forgets: sums that are not logged yet, lines of
 ``metrics.jsonl``, and the work that a signal left undone.
 """
@@ -21,11 +21,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 from trl import DistillationTrainer
 
-from oprd.training.checkpoint_files import Whole, newest_whole, rotate, whole
-from oprd.training.folders import publish, staging_of, writing
-from oprd.training.random_numbers import random_state, set_random_state
-from oprd.training.stopping import SIGNALS, Stopped
-from oprd.training.trees import has_tree, load_tree, save_tree
+from oprd.durability.checkpoint_files import Whole, newest_whole, rotate, whole
+from oprd.durability.folders import publish, staging_of, writing
+from oprd.durability.random_numbers import random_state, set_random_state
+from oprd.durability.stopping import SIGNALS, Stopped
+from oprd.durability.trees import has_tree, load_tree, save_tree
 
 logger = get_logger(__name__)
 
@@ -34,7 +34,7 @@ BENCHMARKS, EVALUATION, SAVE, EPOCH_END = "benchmarks", "evaluation", "save", "e
 
 
 class CheckpointedTrainer(DistillationTrainer):
-    """TRL's trainer with checkpoints as this module says, and an end on request (`oprd.training.stopping`).
+    """TRL's trainer with checkpoints as this module says, and an end on request (`oprd.durability.stopping`).
 
     Optimiser, scheduler and random numbers are safetensors and JSON. FSDP and DeepSpeed write their parts themselves, as
     pickles, into the same folder: those are left to them, and the checksums cover them.

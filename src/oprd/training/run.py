@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from oprd.bridge import Bridge
+from oprd.durability.stopping import SIGNALS, Stopped, said_once
 from oprd.lineage.card import write_card
 from oprd.lineage.hashing import combined_hash, folder_hashes
 from oprd.lineage.inputs import model_record
@@ -31,7 +32,6 @@ from oprd.training.run_record import Call, say_whether_identical, start_manifest
 from oprd.training.saving import save_final
 from oprd.training.solved_head import solve_head
 from oprd.training.starting import locked, plan_start, together
-from oprd.training.stopping import SIGNALS, Stopped, said_once
 from oprd.training.surroundings import check_surroundings
 from oprd.training.trainer import OPRDTrainer
 from oprd.training.validation import BenchmarkConfig, BenchmarkScores

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from oprd.durability.folders import publish, staging_of, writing
 from oprd.records import read_json, write_json
-from oprd.training.folders import publish, staging_of, writing
 
 
 def save_final(

@@ -15,10 +15,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from oprd.durability.checkpoint_files import checkpoints_of, newest_whole, whole
+from oprd.durability.folders import clean
 from oprd.lineage.hashing import folder_hashes
 from oprd.lineage.manifest import NAME, read_manifest
-from oprd.training.checkpoint_files import checkpoints_of, newest_whole, whole
-from oprd.training.folders import clean
 
 logger = logging.getLogger(__name__)  # only the main process comes here
 

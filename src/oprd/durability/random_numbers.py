@@ -10,7 +10,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """A tree for `oprd.training.trees`; of the accelerators this process's own."""
+    """A tree for `oprd.durability.trees`; of the accelerators this process's own."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if device.type != "cpu":
         state["accelerator"] = torch.get_device_module(device).get_rng_state()

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from oprd.training.folders import CHECKSUMS, damage
+from oprd.durability.folders import CHECKSUMS, damage
 
 logger = logging.getLogger(__name__)  # only the main process comes here
 
