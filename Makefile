@@ -47,8 +47,7 @@ soak: install
 
 scale-test: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[deepspeed]"
-	OMP_NUM_THREADS=1 OPRD_PROCESSES=2 $(BIN)/python -m pytest tests/equivalence/test_engines.py
-	OMP_NUM_THREADS=1 OPRD_PROCESSES=4 $(BIN)/python -m pytest tests/equivalence/test_engines.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py
 
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz --requests 5000

@@ -1,6 +1,6 @@
-"""DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3 in several processes (gloo, CPU) log what one process logs, step by step.
+"""FSDP2, DeepSpeed ZeRO-2 and ZeRO-3 in two processes (gloo, CPU) log what one process logs, step by step.
 
-``OPRD_PROCESSES=4`` for another number of processes.
+DDP is in ``test_two_processes.py``; ``benchmarks/engines.py`` runs all four in 2 and 4 processes.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-PROCESSES = int(os.environ.get("OPRD_PROCESSES", "2"))
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 LONG = {"max_steps": 20}
 SHORT = {"max_steps": 3}
@@ -56,11 +55,11 @@ def alone(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("alone"), "ddp", 1)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=ENGINES[1:])
 def together(request, tmp_path_factory):
     if request.param.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip('DeepSpeed is not installed: pip install "oprd[deepspeed]"')
-    return launch(tmp_path_factory.mktemp(request.param), request.param, PROCESSES)
+    return launch(tmp_path_factory.mktemp(request.param), request.param, 2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,7 +69,7 @@ def test_engines_follow_one_process(alone, together, case):
     assert len(one["loss"]) == steps
     assert one["loss"][0] != pytest.approx(one["loss"][-1], rel=1e-3)  # it trains
     if "bf16" in CASES[case]:  # engines round in different places: what they may not do is round one model only
-        assert many["loss"][0] <= one["loss"][0] < 1e-4
+        assert many["loss"][0] <= 1.01 * one["loss"][0] < 1e-4
         return
     for key, values in one.items():
         tolerance = {"rel": 1e-4} if "loss" in key else {"rel": 1e-3, "abs": 1e-4}

@@ -121,6 +121,7 @@ def test_processes_agree_though_only_one_was_asked(tmp_path):
                     break
         with open(f"{sys.argv[1]}/{accelerator.process_index}", "w") as file:
             file.write(f"{step} {SIGNALS.received}")
+        accelerator.end_training()
         """)
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

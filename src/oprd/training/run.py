@@ -31,7 +31,7 @@ from oprd.training.run_data import RunData, load_data
 from oprd.training.run_record import Call, say_whether_identical, start_manifest
 from oprd.training.saving import save_final
 from oprd.training.solved_head import solve_head
-from oprd.training.starting import locked, plan_start, together
+from oprd.training.starting import leaving, locked, plan_start, together
 from oprd.training.surroundings import check_surroundings
 from oprd.training.trainer import OPRDTrainer
 from oprd.training.validation import BenchmarkConfig, BenchmarkScores
@@ -95,7 +95,7 @@ def fit(arguments: list[str]) -> tuple[Path, Bridge, bool]:
     if (directory / "bridge.json").exists():
         raise ValueError(f"{directory} already holds a bridge. Choose another folder with --bridge DIR, or remove it.")
     check_folder(directory, "bridge")
-    with SIGNALS.obeyed(), said_once(), locked(directory):
+    with leaving(), SIGNALS.obeyed(), said_once(), locked(directory):
         bridge = fit_bridge(lambda: _bridge_trainer(load_data(configs), args, model), settings, directory)
     return directory, bridge, PartialState().is_main_process
 
@@ -114,7 +114,7 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
         Stopped: on SIGTERM, when what is under way has been saved.
     """
     call = Call(["oprd", "train", *without_secrets(arguments)], description=description)
-    with SIGNALS.obeyed(), said_once():
+    with leaving(), SIGNALS.obeyed(), said_once():
         if "--from" not in arguments:
             return _run(arguments, call)
         with repeated(arguments) as (arguments, before):
@@ -191,7 +191,8 @@ def _one_stage(configs: Configs, call: Call) -> bool:
             raise
         if manifest is not None and args.push_to_hub:  # the student and its card, not the run around it
             upload_folder(repo_id=trainer.hub_model_id, folder_path=directory / "final", token=args.hub_token)
-        trainer.end()
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
         return manifest is not None
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from oprd.durability.checkpoint_files import checkpoints_of, newest_whole, whole
 from oprd.durability.folders import clean
+from oprd.durability.stopping import Stopped
 from oprd.lineage.hashing import folder_hashes
 from oprd.lineage.manifest import NAME, read_manifest
 
@@ -59,6 +60,21 @@ def together(look: Callable[[], Found]) -> Found:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Processes take leave of each other when all is done, or stopped; after an error the others might never come."""
+    state, stopped = PartialState(), None
+    try:
+        yield
+    except Stopped as error:
+        stopped = error
+    if state.num_processes > 1:  # left to the interpreter's end, gloo's threads may take the process down with them
+        state.wait_for_everyone()
+        state.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 @contextmanager
