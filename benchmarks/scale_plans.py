@@ -1,6 +1,6 @@
 """What each GPU holds for students of 1.5B, 8B and 32B on 1, 8 and 64 GPUs: the tables of docs/scale.md.
 
-    python benchmarks/scale_plans.py [--gpu_memory 80]
+    python benchmarks/scale_plans.py [--gpu_memory 80] [--models 1.5B 8B 32B]
 
 From shapes alone (``oprd.insight.plan``); no weights, no GPU. Weights and optimiser in float32, forward in bf16, packed
 micro-batches, activation checkpointing, rollouts by a vLLM that sleeps during the update.
@@ -74,8 +74,10 @@ def main() -> None:
     """Print one table per model."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--gpu_memory", type=float, default=80.0, help="GB of one GPU (default 80)")
-    gpu = options.parse_args().gpu_memory * GB
-    for name, (config, tokens) in MODELS.items():
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    asked = options.parse_args()
+    gpu = asked.gpu_memory * GB
+    for name, (config, tokens) in ((name, MODELS[name]) for name in asked.models):
         print(f"\n{name}, micro-batches of {tokens} tokens\n\n| GPUs | layout | {' | '.join(COLUMNS)} |")
         print("|---" * (len(COLUMNS) + 2) + "|")
         for processes, sharding, extra in LAYOUTS:
