@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from oprd.commands.bridge import run_bridge
@@ -50,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return OWN_KEYS[options.command](rest) if options.command in OWN_KEYS else options.run_command(options)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if options.traceback:
             raise

@@ -229,3 +229,14 @@ def test_halves_hold_every_row_once_and_fit():
         for piece in pieces:
             assert limit is None or len(piece["prompt_ids"]) == 1 or int(lengths_of(piece).sum()) <= limit
     assert len(halved(rows_of(part, [0]), 1)) == 1
+
+
+def test_a_student_that_cannot_be_sampled_from_has_diverged(tmp_path):
+    trainer = canned_trainer(tmp_path)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+    trainer._generate_single_turn = fails
+    with pytest.raises(NonFinite, match=r"Step 1: the student cannot be sampled from.*Lower learning_rate"):
+        trainer.train()

@@ -145,3 +145,13 @@ def test_a_run_that_leaves_nothing_leaves_no_folder(tmp_path):
     with locked(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").exists()
+
+
+def test_another_number_of_processes_needs_resume(tmp_path):
+    run = unfinished(tmp_path / "run", 40)
+    manifest = read_manifest(run)
+    manifest["sessions"][-1]["hardware"]["processes"] = 2
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"run by 2 processes and this is 1: .* fewer responses.*--resume"):
+        plan(run)
+    assert plan(run, resume=True).checkpoint == str(run / "checkpoint-40")

@@ -349,5 +349,8 @@ def _spoken(arguments: list[str]) -> dict[str, Any]:
 def verdict(plan: Plan) -> str:
     """One line: does it fit."""
     spare = (plan.room - plan.peak) / GB
-    size = f"{plan.peak / GB:.1f} GB at the peak, on a GPU of {plan.gpu / GB:g} GB with {plan.room / GB:.1f} to use"
+    setup = plan.setup
+    how = "" if setup.sharding == "none" else f", {setup.sharding}"
+    on = "on a GPU" if setup.processes == 1 else f"on each of {setup.processes} GPUs{how},"
+    size = f"{plan.peak / GB:.1f} GB at the peak, {on} of {plan.gpu / GB:g} GB with {plan.room / GB:.1f} to use"
     return f"{'fits' if plan.fits else 'does not fit'}: {size} ({abs(spare):.1f} {'to spare' if spare >= 0 else 'too many'})"

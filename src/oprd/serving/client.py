@@ -151,7 +151,7 @@ class Client:
             elapsed = time.monotonic() - started
             raise ConnectionError(
                 f"The teacher at {self.url} gave no answer in {attempts} attempts over {elapsed:.0f} s (last: {error}). Is "
-                "oprd serve-teacher running there? A run with checkpoints goes on with --resume."
+                "oprd serve-teacher running there? The same command continues from the last checkpoint."
             ) from error
         raise AssertionError("tenacity returned without an answer")
 

@@ -74,6 +74,8 @@ class OPRDConfig(DistillationConfig):
         check_backends(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # what no loss reaches is frozen, so nothing is left to look for
         super().__post_init__()
         self.layers = parse_layers(self.layers)
         self._check_choices()

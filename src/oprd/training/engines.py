@@ -79,7 +79,10 @@ def place_teacher(teacher: PreTrainedModel, args: OPRDConfig, accelerator: Accel
         ValueError: FSDP was asked for and is not there.
     """
     if fsdp_version(args) and not accelerator.is_fsdp2:
-        raise ValueError("FSDP was asked for and did not start: accelerate shards on GPUs and the like only. Unset it.")
+        raise ValueError(
+            "FSDP was asked for and did not start: accelerate shards on GPUs and the like only. Use --accelerate_config "
+            "multi_gpu, or remove fsdp from the recipe."
+        )
     if isinstance(teacher, TeacherElsewhere):
         return teacher.place(accelerator.device), nullcontext
     if zero_stage(args):

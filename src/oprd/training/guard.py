@@ -125,8 +125,8 @@ class Guard:
             return
         found = nonfinite.describe(trainer, model, update, loss, norm)
         if trainer.args.on_nonfinite == "stop" or trainer.is_deepspeed_enabled:
-            remedy = "The last checkpoint is from before it. on_nonfinite: skip leaves such updates out."
-            raise nonfinite.NonFinite(f"{found} {remedy}")
+            remedy = "Lower learning_rate or max_grad_norm if training had begun to diverge"
+            raise nonfinite.NonFinite(f"{found} {remedy}; on_nonfinite: skip leaves single bad batches out.")
         self.skipped += 1
         self._skips_in_a_row += 1
         if self._skips_in_a_row >= SKIPS_IN_A_ROW:

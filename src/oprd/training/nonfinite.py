@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,24 @@ class NonFinite(ValueError):
     """A loss, gradient or hidden state that is NaN or infinite."""
 
 
+@contextmanager
+def sampling(trainer: Any) -> Iterator[None]:
+    """Around a rollout: a student whose logits are not finite cannot be sampled from.
+
+    Raises:
+        NonFinite: with what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise NonFinite(
+            f"Step {trainer.state.global_step + 1}: the student cannot be sampled from, its logits are NaN or infinite: training has "
+            "diverged. Lower learning_rate (or raise warmup_steps), and start again or from an earlier checkpoint."
+        ) from error
+
+
 def describe(trainer: Any, model: nn.Module, update: Sequence[MicroBatch], loss: float, norm: float) -> str:
     """One line about what went wrong, and where the update's batch was saved. Every process must call it.
 
@@ -46,7 +65,8 @@ def describe(trainer: Any, model: nn.Module, update: Sequence[MicroBatch], loss:
     said = f"Step {step}: loss {loss:.4g}, gradient norm {norm:.4g}."
     for number, what, rows in found[:1]:
         shown = "; ".join(f"{row} {prompts[number][row][:SHOWN]!r}" for row in rows[:3])
-        said += f" First in {what}, micro-batch {number}, rows {shown}{' ...' if len(rows) > 3 else ''}."
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        said += f" First in {what}, micro-batch {number}, rows {shown}{more}."
     if not found:
         said += " No single row's states, loss or gradient is to blame on this process."
     return f"{said} The batch is in {path}.safetensors."

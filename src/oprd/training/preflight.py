@@ -304,8 +304,8 @@ def fit_prompts(
         drop = f", or set max_prompt_length: {room} to drop them" if room >= min(lengths) else ""
         raise ValueError(
             f"train_dataset, row {rows[lengths.index(longest)]}: a prompt of {longest} tokens and a response of "
-            f"{max_completion_length} do not fit the context of {context} ({over} such rows). Lower "
-            f"max_completion_length{drop}."
+            f"{max_completion_length} do not fit the context of {context} ({over} such rows). "
+            + (f"Lower max_completion_length{drop}." if longest < context else f"Remove the row{drop}.")
         )
     budget = max_tokens_per_microbatch
     if budget is not None and longest + max_completion_length > budget:

@@ -151,6 +151,13 @@ def plan_start(directory: Path, settings: dict[str, Any], *, resume: bool, named
             f"{directory} already holds {newest} of a run with other settings ({'; '.join(differing)}). Give it its own "
             "settings, continue it with these by --resume, or choose another output_dir."
         )
+    before, now = _processes(manifest), PartialState().num_processes
+    if found and before not in (None, now) and not (resume or named):
+        raise ValueError(
+            f"{directory} was run by {before} processes and this is {now}: with the same batch a step would have "
+            f"{'fewer' if now < before else 'more'} responses. Start {before}, or continue with --resume and a "
+            "gradient_accumulation_steps that keeps the responses of a step."
+        )
     checkpoint = whole(Path(named)) if named else newest_whole(directory)
     if checkpoint is not None:
         logger.info(f"{directory} continues from {Path(checkpoint).name}.")
@@ -159,6 +166,12 @@ def plan_start(directory: Path, settings: dict[str, Any], *, resume: bool, named
     if checkpoint is None and not (directory / "final").exists():
         _forget_best(directory)
     return Start(checkpoint, goes_on=checkpoint is not None or (is_open and is_same))
+
+
+def _processes(manifest: dict[str, Any] | None) -> int | None:
+    """In how many processes the run was last at work; None if that is not known."""
+    sessions = [] if manifest is None else manifest.get("sessions", [])
+    return sessions[-1].get("hardware", {}).get("processes") if sessions else None
 
 
 def _is_recorded(directory: Path, manifest: dict[str, Any]) -> bool:

@@ -39,6 +39,7 @@ from oprd.training.engines import check_engine, expose_head, is_sharded, lender_
 from oprd.training.guard import Guard
 from oprd.training.meters import MemoryWatch, Meters, Stopwatch
 from oprd.training.microbatches import MicroBatch
+from oprd.training.nonfinite import sampling
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
 from oprd.training.pair import fit_prompts, open_bridge, open_pair
 from oprd.training.source import Source
@@ -238,7 +239,8 @@ class OPRDTrainer(CheckpointedTrainer):
         """TRL's rollout, and the weight of every position: the denominators are counted here, over the whole step."""
         mode = "train" if self.model.training else "eval"
         started = self._stopwatch.now()
-        batch = super()._generate_and_score_completions(inputs)
+        with sampling(self):
+            batch = super()._generate_and_score_completions(inputs)
         batch["is_counted"] = counted_rows(self.accelerator, len(inputs))
         if self.args.is_packed:
             batch, inputs = microbatches.balance(batch, inputs, self.accelerator)
