@@ -152,3 +152,18 @@ def check_refused(case: Case, place: Place, capfd: Any) -> str:
     assert snapshot(place.root) == before, "files were written, changed or removed"
     assert not (place / CODE_RAN).exists()
     return said
+
+
+# A greedy evaluation of the folder's student: the shortest command that loads a model.
+EVAL = (
+    "eval",
+    "{root}/student",
+    "--on",
+    "{root}/problems.jsonl",
+    "--out",
+    "{root}/results",
+    "--samples",
+    "1",
+    "--temperature",
+    "0",
+)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from badinput.harness import Case, Place, call, cases, check_refused
+from badinput.harness import EVAL, Case, Place, call, cases, check_refused
 from badinput.payload import pickle_of
 from tiny import tiny_model
 
@@ -181,18 +181,6 @@ def command(name, culprit, remedy, arrange, *words):
     return Case(name, culprit, remedy, arrange, command=words)
 
 
-EVAL = (
-    "eval",
-    "{root}/student",
-    "--on",
-    "{root}/problems.jsonl",
-    "--out",
-    "{root}/results",
-    "--samples",
-    "1",
-    "--temperature",
-    "0",
-)
 FIT = ("bridge", "fit", "--config", "{root}/recipe.yaml")
 PLAN = ("plan", "--config", "{root}/recipe.yaml")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from badinput.harness import Case, call, cases, check_refused
+from badinput.harness import EVAL, Case, call, cases, check_refused
 from oprd.training.trainer import OPRDTrainer
 from tiny import merged_tokenizer, tiny_model, tiny_tokenizer
 
@@ -127,20 +127,6 @@ def bad(name, culprit, remedy, arrange=None, **settings):
 )  # fmt: skip
 def test_training(case, place, capfd):
     check_refused(case, place, capfd)
-
-
-EVAL = (
-    "eval",
-    "{root}/student",
-    "--on",
-    "{root}/problems.jsonl",
-    "--out",
-    "{root}/results",
-    "--samples",
-    "1",
-    "--temperature",
-    "0",
-)
 
 
 @cases(

@@ -5,6 +5,7 @@ Shapes: B sequences, S columns, N places, E chain steps, d width, r rank of a br
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -63,7 +64,7 @@ class TeacherStates:
     at_chains: Tensor | None = None
 
 
-class TeacherElsewhere(nn.Module):
+class TeacherElsewhere(nn.Module, ABC):
     """A frozen teacher whose backbone runs in another process. Here it has its ``config``, its ``generation_config``, the
     ``fingerprint`` and ``dtype`` of its weights and, once fetched, its LM head."""
 
@@ -71,26 +72,26 @@ class TeacherElsewhere(nn.Module):
     dtype: torch.dtype
 
     @property
+    @abstractmethod
     def has_head(self) -> bool:
         """Whether the LM head is here."""
-        raise NotImplementedError
 
     @property
     def base_model(self) -> nn.Module:
         """There is none here."""
         raise RuntimeError("The teacher's backbone runs elsewhere: ask it with oprd.states.answer.")
 
+    @abstractmethod
     def answer(self, question: Question) -> TeacherStates:
         """What `answer` says of a model here; tensors in main memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fetch_head(self) -> None:
         """Bring the LM head here; until then its parameters have shapes and no content."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, device: torch.device) -> TeacherElsewhere:
         """Where the LM head is to lie, now or once it is fetched."""
-        raise NotImplementedError
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
