@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.insight.simulate import Counts, Shapes, layout, simulate
 from oprd.states import tile_mlps, use_packed_attention
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 
 VOCABULARIES = (32_000, 64_000, 128_000, 256_000)
 TOKENS = (4_096, 8_192, 16_384, 32_768)

@@ -17,7 +17,8 @@ from oprd.objectives import projection, select_positions, streaming
 from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
 from oprd.states.tiling import TILE
 from oprd.training import output_term
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 
 LAST_K = 2000  # at the full shape
 

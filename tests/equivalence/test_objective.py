@@ -8,7 +8,8 @@ import torch
 from oprd.models import head_of
 from oprd.objectives import position_weights, select_positions
 from oprd.states import make_rollout
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 from tiny import VOCAB, reference_states, tiny_batch, tiny_model
 
 BASE = Objective(layers=(1, 2, 3), num_layers=3, vocab_size=VOCAB)

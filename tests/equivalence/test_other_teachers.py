@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from oprd.bridge import BridgeFitter, model_fingerprint
 from oprd.objectives import map_layers, position_weights
 from oprd.states import make_rollout
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 from tiny import (
     VOCAB,
     WIDE,

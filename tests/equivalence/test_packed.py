@@ -16,7 +16,8 @@ from oprd.models import backbone_of, decoder_layers, head_of
 from oprd.objectives import position_weights, select_positions
 from oprd.states import attention, check_packed_attention, make_rollout, only, pack, use_packed_attention, visit_states
 from oprd.states.views import Reading
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 from tiny import (
     VOCAB,
     WIDE,

@@ -5,7 +5,8 @@ import torch
 
 from oprd.bridge.collect import CONTROLS, SHUFFLED, Collection
 from oprd.states import only, pack
-from oprd.training.objective import student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import teacher_states
 from oprd.training.solved_head import solve_head
 from served import remote_of
 from tiny import (

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.insight.simulate import Shapes, _model, _prepared, layout, simulate
 from oprd.states import attention, check_packed_attention, tile_mlps, use_packed_attention
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 from oprd.training.teacher import Offloaded
 
 if not torch.cuda.is_available():

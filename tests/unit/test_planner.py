@@ -10,7 +10,8 @@ from oprd.insight import plan
 from oprd.insight.live_bytes import LiveBytes
 from oprd.insight.planner import GB
 from oprd.insight.simulate import Shapes, _model, _prepared, layout, simulate
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 
 CONFIG = Qwen2Config(
     vocab_size=2048,

@@ -21,7 +21,8 @@ from oprd import models
 from oprd.insight.live_bytes import LiveBytes
 from oprd.objectives import map_layers, position_weights, projection, select_positions
 from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
-from oprd.training.objective import Objective, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, teacher_states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from oprd.states.alignment import align_ends
 from oprd.states.attention import check_packed_attention, use_packed_attention
 from oprd.states.capture import read_one_token, visit_states
 from oprd.states.crossing import Crossing
-from oprd.states.packing import deal, fill, only, pack
+from oprd.states.packing import deal, fill, only, pack, pack_all, shared
 from oprd.states.prefixes import PrefixIndex
 from oprd.states.questions import Question, TeacherElsewhere, TeacherStates, answer, autocast_dtype
 from oprd.states.tiling import tile_mlps
@@ -31,7 +31,9 @@ __all__ = [
     "make_rollout",
     "only",
     "pack",
+    "pack_all",
     "read_one_token",
+    "shared",
     "tile_mlps",
     "token_byte_ends",
     "use_packed_attention",

@@ -46,51 +46,70 @@ def _teacher_uses(rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
     return uses + ([] if rollout.prefix is None else [(rollout.prefix.chain_row_E, rollout.prefix.chain_column_E)])
 
 
+def shared(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Rollouts of the same rows for several teachers, each read as far as `only` left it: the student reads them as far as the
+    longest."""
+    widest = max((rollout.student for rollout in rollouts), key=lambda reading: reading.ids_BS.shape[1])
+    return [replace(rollout, student=widest) for rollout in rollouts]
+
+
 def pack(rollout: Rollout, *, suffix: bool = False) -> Rollout:
-    """The same rollout in packed readings; every pair stays, in its order, and so do the weights.
+    """`pack_all` of one."""
+    return pack_all([rollout], suffix=suffix)[0]
+
+
+def pack_all(rollouts: Sequence[Rollout], *, suffix: bool = False) -> list[Rollout]:
+    """The same rollouts in packed readings; every pair stays, in its order, and so do the weights.
 
     Rows that hold no pair are not read. If none holds one, a single token is, so that there is a graph.
 
     Args:
+        rollouts: one, or one for each of several teachers over the same rows of the student.
         suffix: cut the student's documents before their first supervised position: ``student_prefix`` is what lies before.
     """
-    rows = rollout.student.ids_BS.shape[0]
-    sets = rollout.state_pairs, rollout.output_pairs
-    first, last = (
-        _per_row(rows, [(pairs.row_N, pairs.student_N) for pairs in sets], reduce) for reduce in ("amin", "amax")
-    )
-    teacher_last = _per_row(rows, _teacher_uses(rollout), "amax")
-    device = rollout.student.ids_BS.device
-    limits = torch.stack([first, last + 1, teacher_last + 1]).tolist()  # the one wait for the device
-    starts, ends, teacher_ends = ([int(x) for x in row] for row in limits)
+    student = max((rollout.student for rollout in rollouts), key=lambda reading: reading.ids_BS.shape[1])
+    rows, device = student.ids_BS.shape[0], student.ids_BS.device
+    uses = [(p.row_N, p.student_N) for rollout in rollouts for p in (rollout.state_pairs, rollout.output_pairs)]
+    first, last = (_per_row(rows, uses, reduce) for reduce in ("amin", "amax"))
+    teachers_last = [_per_row(rows, _teacher_uses(rollout), "amax") + 1 for rollout in rollouts]
+    limits = torch.stack([first, last + 1, *teachers_last]).tolist()  # the one wait for the device
+    starts, ends, *teachers_ends = ([int(x) for x in row] for row in limits)
     starts = [start if suffix and end else 0 for start, end in zip(starts, ends, strict=True)]
     if not any(ends):
         ends[0] = 1
-    if not any(teacher_ends):
-        teacher_ends[0] = 1
-    student, student_offset = _documents(rollout.student, starts, ends)
-    teacher, teacher_offset = _documents(rollout.teacher, [0] * rows, teacher_ends)
+    documents, offset_B = _documents(student, starts, ends)
+    before = None
+    if any(starts):
+        kept = [end > start for start, end in zip(starts, ends, strict=True)]
+        before, _ = _documents(student, [0] * rows, starts, kept)
+    offset_B = offset_B.to(device)
+    return [
+        replace(_with_packed_teacher(rollout, teacher_ends, offset_B), student=documents, student_prefix=before)
+        for rollout, teacher_ends in zip(rollouts, teachers_ends, strict=True)
+    ]
+
+
+def _with_packed_teacher(rollout: Rollout, ends: list[int], student_offset_B: Tensor) -> Rollout:
+    """The teacher's reading packed up to ``ends``, and the pairs moved on both sides."""
+    if not any(ends):
+        ends[0] = 1
+    teacher, offset = _documents(rollout.teacher, [0] * len(ends), ends)
+    offset_B = offset.to(student_offset_B.device)
 
     def moved(pairs: PositionPairs) -> PositionPairs:
         return PositionPairs(
             torch.zeros_like(pairs.row_N),
-            pairs.student_N + student_offset.to(device)[pairs.row_N],
-            pairs.teacher_N + teacher_offset.to(device)[pairs.row_N],
+            pairs.student_N + student_offset_B[pairs.row_N],
+            pairs.teacher_N + offset_B[pairs.row_N],
         )
 
     prefix = rollout.prefix
     if prefix is not None:
-        column_E = prefix.chain_column_E + teacher_offset.to(device)[prefix.chain_row_E]
+        column_E = prefix.chain_column_E + offset_B[prefix.chain_row_E]
         prefix = replace(prefix, chain_row_E=torch.zeros_like(prefix.chain_row_E), chain_column_E=column_E)
-    before = None
-    if any(starts):
-        kept = [end > start for start, end in zip(starts, ends, strict=True)]
-        before, _ = _documents(rollout.student, [0] * rows, starts, kept)
     return replace(
         rollout,
-        student=student,
         teacher=teacher,
-        student_prefix=before,
         state_pairs=moved(rollout.state_pairs),
         output_pairs=moved(rollout.output_pairs),
         prefix=prefix,

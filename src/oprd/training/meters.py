@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from oprd.training.objective import Sums, Terms
+from oprd.training.lessons import Sums, Terms
 
 
 class Meters:

@@ -1,24 +1,16 @@
 """The training objective of one micro-batch: ``output * L_OPD + representation * L_OPRD + logit * L_logit`` (Eq. 7).
 
-One backbone forward of each model on one rollout; no trainer, no config object.
+What is minimised, and what it asks of a teacher; `oprd.training.lessons` has the student's side. No trainer, no config object.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oprd.bridge import Bridge
-from oprd.models import Head, head_of
-from oprd.objectives import head_grams, logit_mse, state_term
-from oprd.states import Question, Rollout, TeacherStates, answer, autocast_dtype, visit_states
-from oprd.training.output_term import output_term
-
-Terms = dict[str, Tensor]  # unweighted loss terms; they add up over micro-batches and processes
-Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum over positions, positions)
+from oprd.states import Question, Rollout, TeacherStates, answer, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -83,73 +75,3 @@ def question_of(objective: Objective, rollout: Rollout) -> Question:
 def teacher_states(objective: Objective, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
     """One backbone forward of the teacher; keeps the supervised positions of the chosen layers."""
     return answer(teacher, question_of(objective, rollout), on_cpu=objective.offload_targets)
-
-
-def student_loss(
-    objective: Objective, student: nn.Module, teacher: nn.Module, rollout: Rollout, targets: TeacherStates
-) -> tuple[Tensor, Terms, Sums]:
-    """One backbone forward of the student; the loss terms are built inside it, layer by layer.
-
-    Returns:
-        The weighted objective, already divided by the denominators that the rollout's weights hold; its terms; and the
-        sums behind the logged averages. ``teacher`` only lends its head.
-    """
-    device = rollout.student.ids_BS.device
-    exact = partial(torch.autocast, device_type=device.type, enabled=False)  # losses in float32 whatever the forward
-    terms: Terms = {}
-    sums: Sums = {}
-    num_pairs = torch.tensor(float(len(rollout.state_pairs)), device=device)
-    bridge = objective.bridge
-
-    pairs = rollout.state_pairs
-
-    def visit(layer: int, states_BSd: Tensor) -> Tensor:
-        if layer == objective.num_layers:  # nothing else keeps the last states until backward
-            states_Md, place_N = pairs.of_student(states_BSd), torch.arange(len(pairs), device=device)
-        else:
-            states_Md, place_N = states_BSd.flatten(0, 1), pairs.student_places(states_BSd.shape[1])
-        project = partial(bridge.project_student, layer) if bridge else None
-        with exact():
-            term, cosine = state_term(
-                states_Md,
-                place_N,
-                targets.layers[layer],
-                rollout.state_weights_N,
-                objective.representation_loss,
-                project,
-            )
-        sums[f"cosine/layer_{layer:02d}"] = (cosine, num_pairs)
-        return term
-
-    layers = objective.layers if objective.representation_weight else ()
-    last_BSd, per_layer = visit_states(
-        student, rollout.student, layers, visit, prefix=rollout.student_prefix, top_layer=objective.top_layer
-    )
-    total = last_BSd.new_zeros((), dtype=torch.float32)
-
-    if per_layer:
-        term = torch.stack(list(per_layer.values())).mean()
-        total = total + objective.representation_weight * term
-        terms["representation"] = term.detach()
-        cosines = [sums[f"cosine/layer_{layer:02d}"][0] for layer in per_layer]
-        sums["cosine"] = (torch.stack(cosines).mean(), num_pairs)
-    if objective.uses_head:
-        own = head_of(student, objective.vocab_size)
-        other = head_of(teacher, objective.teacher_vocab_size or objective.vocab_size)
-        if objective.logit_weight:
-            with exact():
-                term = _logit_term(own, other, rollout, last_BSd, targets.at_states)
-            total = total + objective.logit_weight * term
-            terms["logit"] = term.detach()
-        if objective.uses_output:
-            term, output_sums = output_term(objective, own, other, rollout, last_BSd, targets)
-            total = total + objective.output_weight * term
-            terms["output"] = term.detach()
-            sums = output_sums | sums
-    return total, terms, sums
-
-
-def _logit_term(own: Head, other: Head, rollout: Rollout, last_BSd: Tensor, target_Nd: Tensor) -> Tensor:
-    grams = head_grams(own.linear_form(), other.linear_form())
-    states = own.linear_states(rollout.state_pairs.of_student(last_BSd))
-    return (rollout.state_weights_N * logit_mse(states, other.linear_states(target_Nd), grams)).sum()

@@ -32,7 +32,8 @@ from oprd.objectives.range_mass import BLOCK
 from oprd.states import Rollout
 
 if TYPE_CHECKING:
-    from oprd.training.objective import Objective, Sums, TeacherStates
+    from oprd.training.lessons import Sums
+    from oprd.training.objective import Objective, TeacherStates
 
 
 def output_term(

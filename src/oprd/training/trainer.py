@@ -37,10 +37,11 @@ from oprd.training.checkpoints import CheckpointedTrainer
 from oprd.training.config import OPRDConfig
 from oprd.training.engines import check_engine, expose_head, is_sharded, lender_of, place_teacher, redirected
 from oprd.training.guard import Guard
+from oprd.training.lessons import Sums, Terms, student_loss
 from oprd.training.meters import MemoryWatch, Meters, Stopwatch
 from oprd.training.microbatches import MicroBatch
 from oprd.training.nonfinite import sampling
-from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
+from oprd.training.objective import TeacherStates, teacher_states
 from oprd.training.pair import fit_prompts, open_bridge, open_pair
 from oprd.training.source import Source
 from oprd.training.supervision import accuracy, counted_rows, supervise
