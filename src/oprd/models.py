@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -234,18 +234,33 @@ def why_head_cannot_move(student: nn.Module, teacher: nn.Module, vocab_size: int
     return None
 
 
-@torch.no_grad()
 def adopt_head(student: nn.Module, teacher: nn.Module, vocab_size: int) -> None:
     """Copy the teacher's head over the student's for the tokenizer's ``vocab_size`` tokens; padded rows stay."""
-    reason = why_head_cannot_move(student, teacher, vocab_size)
-    if reason:
-        raise ValueError(
-            f"The student cannot adopt the teacher's LM head: {reason}. Set lm_head: keep and logit_weight: 1."
-        )
-    own, other = (causal_lm(m).get_output_embeddings() for m in (student, teacher))
-    own.weight[:vocab_size].copy_(other.weight[:vocab_size])
-    if getattr(own, "bias", None) is not None:
-        own.bias[:vocab_size].copy_(other.bias[:vocab_size])
+    adopt_mean_head(student, [(1.0, teacher)], vocab_size)
+
+
+@torch.no_grad()
+def adopt_mean_head(student: nn.Module, teachers: Sequence[tuple[float, nn.Module]], vocab_size: int) -> None:
+    """The mean of several teachers' heads, each with its weight, for the student's.
+
+    Raises:
+        ValueError: a head that does not fit.
+    """
+    for _, teacher in teachers:
+        reason = why_head_cannot_move(student, teacher, vocab_size)
+        if reason:
+            raise ValueError(
+                f"The student cannot adopt the teacher's LM head: {reason}. Set lm_head: keep and logit_weight: 1."
+            )
+    own = causal_lm(student).get_output_embeddings()
+    total = sum(weight for weight, _ in teachers)
+    shares = [(weight / total, causal_lm(teacher).get_output_embeddings()) for weight, teacher in teachers]
+    for name in ("weight", "bias") if getattr(own, "bias", None) is not None else ("weight",):
+        kept = getattr(own, name)[:vocab_size]
+        if len(shares) == 1:  # as it is, without rounding
+            kept.copy_(getattr(shares[0][1], name)[:vocab_size])
+        else:
+            kept.copy_(sum(share * getattr(head, name)[:vocab_size].to(kept.device).float() for share, head in shares))
 
 
 def freeze_unreachable(model: nn.Module, *, top_layer: int, head: bool) -> int:

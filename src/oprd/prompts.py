@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from pyarrow import parquet
 from oprd.models import resolve_path
 
 logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]  # text, or chat messages
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -133,14 +135,27 @@ def _answer(row: dict[str, Any], column: str | None, where: str) -> str | None:
     return None if answer is None else str(answer).rpartition(WORKED_ANSWER)[2].strip()
 
 
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    """Of a column that a setting names, as text."""
+    if column not in row:
+        raise ValueError(f"{where}: has no column {column!r}; it has {', '.join(row)}.")
+    value = row[column]
+    if not isinstance(value, str | int | float | Decimal) or not str(value).strip():
+        kind = "nothing" if value is None or isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{where}: {column} must be text or a number, got {kind}. Correct or remove the row.")
+    return str(value)
+
+
 @dataclass(frozen=True)
 class PromptRow:
-    """One row: its place for messages, the column that its prompt came from, text or chat messages, the answer."""
+    """One row: its place for messages, the column that its prompt came from, text or chat messages, the answer, and other
+    columns that were asked for."""
 
     place: str
     column: str
-    prompt: str | list[dict[str, str]]
+    prompt: Prompt
     answer: str | None
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def read_prompts(
@@ -150,6 +165,7 @@ def read_prompts(
     split: str = "train",
     prompt_column: str | None = None,
     answer_column: str | None = None,
+    columns: Sequence[str] = (),
     drop_duplicates: bool = False,
 ) -> list[PromptRow]:
     """The rows behind `load_prompts`, which says what the arguments mean and what is refused."""
@@ -182,7 +198,11 @@ def read_prompts(
         prompt = row[column]
         if isinstance(prompt, list):  # one schema for every message
             prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
-        kept.append(PromptRow(place, column, prompt, _answer(row, answer_column, f"{name}, {place}")))
+        answer = _answer(row, answer_column, f"{name}, {place}")
+        if answer is None and "answer" in columns:
+            raise ValueError(f"{name}, {place}: has no answer. Fill it in, remove the row, or set answer_column.")
+        others = {c: _text(row, c, f"{name}, {place}") for c in columns if c not in ("prompt", "answer")}
+        kept.append(PromptRow(place, column, prompt, answer, others))
     if repeated:
         logger.info(f"{name}: dropped {repeated} rows whose prompt had come before; {len(kept)} are left.")
     if not kept:
@@ -215,8 +235,8 @@ def load_prompts(name: str, *, as_chat: bool = False, **where: Any) -> Dataset:
         as_chat: make text prompts one user message each.
         where: ``config`` and ``split`` of a Hub dataset; ``prompt_column`` and ``answer_column``, found by themselves in
             the common layouts: ``prompt`` (with ``reward_model.ground_truth``), ``problem``/``answer``,
-            ``question``/``answer`` (of a worked solution what follows ``####``); ``drop_duplicates`` keeps the first row
-            of each prompt, and says how many went.
+            ``question``/``answer`` (of a worked solution what follows ``####``); ``columns``, others to keep as text;
+            ``drop_duplicates`` keeps the first row of each prompt, and says how many went.
 
     Raises:
         ValueError: no rows, no prompt column, or a bad row, which is named with its number (counting from 1).
@@ -230,10 +250,13 @@ def load_prompts(name: str, *, as_chat: bool = False, **where: Any) -> Dataset:
     columns = {"prompt": [row.prompt for row in rows]}
     if all(row.answer is not None for row in rows):
         columns["answer"] = [row.answer for row in rows]
+    for column in where.get("columns", ()):
+        if column not in ("prompt", "answer"):
+            columns[column] = [row.others[column] for row in rows]
     return Dataset.from_dict(columns)
 
 
-def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+def as_messages(prompt: Prompt) -> list[dict[str, str]]:
     """Text as one user message; chat messages as they are."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 

@@ -52,6 +52,13 @@ def test_defaults(make):
         "on_nonfinite": "stop",
         "teacher_url": None,
         "teacher_token_file": None,
+        "teachers": None,
+        "teacher_column": None,
+        "teacher_model_kind": None,
+        "teacher_update_rate": 0.05,
+        "teacher_sync_steps": 1,
+        "teacher_prompt_template": None,
+        "max_teacher_prompt_length": None,
     }
     assert (config.learning_rate, config.warmup_steps, config.beta) == (1e-5, 0.03, 1.0)
     assert config.lr_scheduler_type == SchedulerType.COSINE
@@ -67,6 +74,7 @@ def test_bf16_is_not_chosen_for_the_cpu_whatever_the_machine_has(make, monkeypat
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(make, name):
     needed = {"output_loss": "top_k"} if name.startswith(("top_k", "trainable")) else {}
+    needed |= {"teacher_prompt_template": "{prompt}"} if name == "teacher_model_kind" else {}
     for allowed in CHOICES[name]:
         assert getattr(make(**{name: allowed, **needed}), name) == allowed
     with pytest.raises(ValueError, match=f"{name} must be one of {', '.join(CHOICES[name])}, got 'other'"):

@@ -132,7 +132,7 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
     random = {RANDOM_STUDENT: _random_like(models.causal_lm(student), args.seed + 1)} if controls else {}
     if RANDOM_TEACHER in controls:
         random[RANDOM_TEACHER] = _random_like(teacher, args.seed)
-    fingerprints = trainer._pair.fingerprints(student, teacher)
+    fingerprints = trainer.pair.fingerprints(student, teacher)
     path = directory / WORK.format(accelerator.process_index)
     key = _key(settings, trainer, fingerprints)
     _go_on(collection, path, key, accelerator)
@@ -253,7 +253,7 @@ def _key_of(path: Path) -> dict[str, Any]:
 
 def _agreement(trainer: RolloutTrainer) -> Callable[[Tensor, Tensor], Tensor]:
     """Whether a student's and a teacher's token are one; across tokenizers, whether one's text begins with the other's."""
-    reader = trainer._pair.reader
+    reader = trainer.pair.reader
     if reader is None or reader.crossing is None:
         return lambda own, other: own == other
     crossing = reader.crossing
@@ -282,7 +282,7 @@ def solve_collection(
         bridge.report["controls"] = report
     if len(collection.fitter.sample):
         student, teacher = trainer.model, trainer.accelerator.unwrap_model(trainer.teacher_model)
-        shapes = trainer._pair.shapes
+        shapes = trainer.pair.shapes
         if isinstance(teacher, TeacherElsewhere):
             teacher.fetch_head()
         own = models.head_of(student, shapes.vocab_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ class CheckpointedTrainer(DistillationTrainer):
     pickles, into the same folder: those are left to them, and the checksums cover them.
     """
 
+    averages: Mapping[
+        str, Any
+    ] = {}  # by name: what moves along and is in no model (``state_dict``, ``load_state_dict``)
     # Called where evaluations are, with nothing; decides by itself whether there is something to do.
     scorer: Callable[[], None] | None = None
     _resumes: str | None = None  # a checkpoint whose random numbers and sums are still to be taken up
@@ -72,6 +75,8 @@ class CheckpointedTrainer(DistillationTrainer):
                 staging.mkdir(parents=True)
         with self._together(target):
             self.save_model(str(staging), _internal_call=True)
+            for name, average in self.averages.items() if is_writer and not self.args.save_only_model else ():
+                save_tree(staging, name, average.state_dict())
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
@@ -197,6 +202,10 @@ class CheckpointedTrainer(DistillationTrainer):
         return epochs, steps
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        for name, average in self.averages.items() if checkpoint is not None else ():
+            if not has_tree(Path(checkpoint), name):
+                raise ValueError(f"{checkpoint} holds no averaged {name}: it is of a run without one. Start a new run.")
+            average.load_state_dict(load_tree(Path(checkpoint), name))
         if checkpoint is None or self._saved_by_libraries:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

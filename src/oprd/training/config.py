@@ -13,9 +13,10 @@ from trl import DistillationConfig
 from oprd.bridge import Bridge
 from oprd.serving.client import check_url
 from oprd.training.objective import Objective
-from oprd.training.options import CHOICES, HELP
+from oprd.training.options import CHOICES, HELP, MAY_BE_OPEN
 from oprd.training.ranges import check_ranges
 from oprd.training.surroundings import check_backends
+from oprd.training.teacher_settings import check_teachers
 
 
 def _option(name: str, default: Any) -> Any:
@@ -68,6 +69,13 @@ class OPRDConfig(DistillationConfig):
     teacher_load_in_8bit: bool = _option("teacher_load_in_8bit", False)
     teacher_url: str | None = _option("teacher_url", None)
     teacher_token_file: str | None = _option("teacher_token_file", None)
+    teachers: dict | str | None = field(default=None, metadata={"help": HELP["teachers"]})
+    teacher_column: str | None = _option("teacher_column", None)
+    teacher_model_kind: str | None = _option("teacher_model_kind", None)
+    teacher_update_rate: float = _option("teacher_update_rate", 0.05)
+    teacher_sync_steps: int = _option("teacher_sync_steps", 1)
+    teacher_prompt_template: str | None = _option("teacher_prompt_template", None)
+    max_teacher_prompt_length: int | None = _option("max_teacher_prompt_length", None)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -85,7 +93,7 @@ class OPRDConfig(DistillationConfig):
 
     def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
-            is_open = name == "representation_loss" and self.representation_loss is None
+            is_open = name in MAY_BE_OPEN and getattr(self, name) is None
             if getattr(self, name) not in allowed and not is_open:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         for name in ("representation_weight", "logit_weight", "output_weight"):
@@ -99,6 +107,8 @@ class OPRDConfig(DistillationConfig):
             "responses_per_prompt",
             "max_prompt_length",
             "max_tokens_per_microbatch",
+            "max_teacher_prompt_length",
+            "teacher_sync_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -114,16 +124,16 @@ class OPRDConfig(DistillationConfig):
                 "or use trl.DistillationTrainer for the generalised JSD."
             )
 
-        self._refuse_ignored(self.output_loss == "none", "output_loss: none", output_weight=1.0)
+        self.refuse_ignored(self.output_loss == "none", "output_loss: none", output_weight=1.0)
         if self.output_loss != "none" and not self.output_weight:
             raise ValueError(
                 f"output_loss={self.output_loss!r} would be ignored: output_weight is 0. Set output_loss: none."
             )
         ignored = "output_loss is not top_k"
-        self._refuse_ignored(
+        self.refuse_ignored(
             self.output_loss != "top_k", ignored, output_top_k=16, top_k_support="student", top_k_renormalize=True
         )
-        self._refuse_ignored(
+        self.refuse_ignored(
             not self.representation_weight,
             "representation_weight is 0",
             bridge=None,
@@ -135,12 +145,13 @@ class OPRDConfig(DistillationConfig):
             raise ValueError("trainable: head needs a term that reaches the LM head: set output_loss or logit_weight.")
         if self.trainable == "head" and self.lm_head == "freeze":
             raise ValueError("trainable: head and lm_head: freeze leave nothing to train.")
-        self._refuse_ignored(self.trainable == "head", "trainable: head", gradient_scope="full")
+        self.refuse_ignored(self.trainable == "head", "trainable: head", gradient_scope="full")
         takes_k = self.positions in ("first_k", "last_k")
-        self._refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
+        self.refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
 
     def _check_teacher(self) -> None:
-        self._refuse_ignored(self.teacher_url is None, "there is no teacher_url", teacher_token_file=None)
+        check_teachers(self)
+        self.refuse_ignored(self.teacher_url is None, "there is no teacher_url", teacher_token_file=None)
         if self.teacher_url is None:
             return
         self.teacher_url = check_url(self.teacher_url)
@@ -148,7 +159,7 @@ class OPRDConfig(DistillationConfig):
             raise ValueError(
                 "Two teachers: teacher_model_name_or_path is loaded here, teacher_url is asked. Remove one of them."
             )
-        self._refuse_ignored(
+        self.refuse_ignored(
             True,
             "the teacher is at teacher_url; oprd serve-teacher has --dtype, --attn_implementation and --revision",
             teacher_load_in_8bit=False,
@@ -157,7 +168,7 @@ class OPRDConfig(DistillationConfig):
             teacher_model_revision=None,
         )
 
-    def _refuse_ignored(self, is_off: bool, why: str, **defaults: Any) -> None:
+    def refuse_ignored(self, is_off: bool, why: str, **defaults: Any) -> None:
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if is_off and changed:
             raise ValueError(f"{', '.join(changed)} would be ignored ({why}). Remove it.")

@@ -61,6 +61,10 @@ def check_engine(args: OPRDConfig, *, has_adapter: bool) -> None:
         raise ValueError(f"offload_teacher: {engine} places the teacher's weights itself. Unset offload_teacher.")
     if sharded is None:
         return
+    if args.teacher_model_kind == "ema":
+        raise ValueError(
+            f"teacher_model_kind: ema averages whole weights, which {sharded} shards. Use base or live, or DDP or ZeRO-2."
+        )
     if args.lm_head == "solved":
         raise ValueError(
             f"lm_head: solved writes the whole head at the end, which {sharded} shards. Use DDP or ZeRO-2."

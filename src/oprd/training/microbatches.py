@@ -47,19 +47,41 @@ def balance(batch: Batch, inputs: list[dict], accelerator: Accelerator) -> tuple
     return dealt, [everyone[row] for row in mine]
 
 
-def cut(batch: Batch, budget: int | None, accelerator: Accelerator) -> list[MicroBatch]:
+def cut(batch: Batch, budget: int | None, accelerator: Accelerator, teachers: int = 1) -> list[MicroBatch]:
     """Micro-batches of at most ``budget`` tokens (all in one if it is None); equally many on every process.
 
-    A process without enough rows ends with a row of no weight, so that all run the same number of forwards.
+    Where rows have a teacher each (``route``, one of ``teachers``), those of a micro-batch have the same, ``teacher``, and
+    teachers come one after the other. A process without enough rows ends with a row of no weight, so that all run the same
+    number of forwards.
     """
-    if budget is None:
+    if "route" not in batch:
+        return _cut(batch, None, budget, accelerator)
+    routes = [(batch["route"] == teacher).nonzero().flatten().tolist() for teacher in range(teachers)]
+    parts = [_cut(batch, rows, budget, accelerator) for rows in routes]
+    for teacher, own in enumerate(parts):
+        for part in own:
+            part["teacher"] = teacher
+    return [part for own in parts for part in own]
+
+
+def _cut(batch: Batch, rows: list[int] | None, budget: int | None, accelerator: Accelerator) -> list[MicroBatch]:
+    """Of some of the rows, by default all."""
+    if rows is None and budget is None:
         return [MicroBatch(batch)]
     lengths = lengths_of(batch).tolist()
-    groups = fill(lengths, budget)
+    rows = list(range(len(lengths))) if rows is None else rows
+    lengths = [lengths[row] for row in rows]
+
+    def groups(at_least: int) -> list[list[int]]:
+        if budget is None:
+            return [list(range(len(rows)))] if rows or at_least else []
+        return fill(lengths, budget, at_least=at_least)
+
+    found = groups(0)
     if accelerator.num_processes > 1:
-        count = torch.tensor([len(groups)], device=accelerator.device)
-        groups = fill(lengths, budget, at_least=int(accelerator.gather(count).max()))
-    return [rows_of(batch, group) for group in groups]
+        count = torch.tensor([len(found)], device=accelerator.device)
+        found = groups(int(accelerator.gather(count).max()))
+    return [rows_of(batch, [rows[number] for number in group]) for group in found]
 
 
 def rows_of(batch: Batch, group: list[int]) -> MicroBatch:

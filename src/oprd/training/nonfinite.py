@@ -79,15 +79,20 @@ def _prompts(part: MicroBatch) -> list[list[int]]:
 @torch.no_grad()
 def _in_states(trainer: Any, model: nn.Module, part: MicroBatch) -> list[tuple[str, list[int]]]:
     """The first layer of either model with such states, and its rows."""
-    rollout = trainer.make_rollout(part)
     found: list[tuple[str, list[int]]] = []
-    sides = (("teacher", trainer.teacher_model, rollout.teacher), ("student", model, rollout.student))
-    elsewhere = isinstance(trainer.teacher_model, TeacherElsewhere)
-    for role, wrapper, reading in sides[1:] if elsewhere else sides:
+
+    def look(who: str, wrapper: nn.Module, reading: Reading) -> None:
         plain = trainer.accelerator.unwrap_model(wrapper)
-        with trainer.teacher_at_hand():
-            rows = redirected(trainer._forward_redirection, wrapper, plain, partial(_look, trainer, plain, reading))
-        found += [(f"the {role}'s hidden states, layer {layer}", bad) for layer, bad in sorted(rows.items()) if bad][:1]
+        rows = redirected(trainer._forward_redirection, wrapper, plain, partial(_look, trainer, plain, reading))
+        found.extend([(f"{who}'s hidden states, layer {layer}", bad) for layer, bad in sorted(rows.items()) if bad][:1])
+
+    for teacher in trainer.teachers_of(part):
+        rollout = trainer.make_rollout(part, teacher)
+        if not isinstance(teacher.model, TeacherElsewhere):
+            with teacher.at_hand():
+                who = "the teacher" if teacher.name is None else f"the teacher {teacher.name}"
+                look(who, teacher.among(model), rollout.teacher)
+    look("the student", model, rollout.student)
     return found
 
 

@@ -11,7 +11,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainable": ("all", "head"),
     "gradient_scope": ("full", "suffix"),
     "on_nonfinite": ("stop", "skip"),
+    "teacher_model_kind": ("base", "ema", "live"),
 }
+
+MAY_BE_OPEN = ("representation_loss", "teacher_model_kind")
 
 THEN_HELP = "Settings of a second stage that starts from the first one's final model: a mapping in the recipe."
 
@@ -58,6 +61,18 @@ HELP: dict[str, str] = {
     "(docs/serving.md). Its token is read from OPRD_TEACHER_TOKEN or teacher_token_file.",
     "teacher_token_file": "File that holds the token of teacher_url; by default the environment has it.",
     "teacher_load_in_8bit": "Load the teacher in 8 bits (bitsandbytes).",
+    "teachers": "Several teachers by name, each with model_name_or_path (or url) and, if need be, model_revision, token_file, bridge, "
+    "weight (1 by default) and when: {column: pattern}, which says what rows it reads. Without when and teacher_column every teacher reads every "
+    "row.",
+    "teacher_column": "Column that names each row's teacher.",
+    "teacher_model_kind": "The student teaches itself, with teacher_prompt_template: base (as it is at the start; with LoRA the adapter "
+    "off), ema (a moving average of it), live (as it is now).",
+    "teacher_update_rate": "Share of the student that goes into the average of teacher_model_kind: ema.",
+    "teacher_sync_steps": "Updates between two such averagings.",
+    "teacher_prompt_template": "What the teacher reads for a prompt: text with {prompt} and columns that the student does not see, such as "
+    "'{prompt} A solution: {solution}'. Of chat messages it fills the last one of the user. Braces of the text are written twice.",
+    "max_teacher_prompt_length": "Most tokens of such a prompt: privileged text loses its end for it (the prompt and the response never "
+    "do). By default what the teacher's context leaves.",
     "resume": "Continue from the newest checkpoint in output_dir also with other settings. (With the same ones the same command "
     "continues by itself.)",
 }

@@ -15,6 +15,7 @@ from oprd.states import Crossing
 from oprd.training import preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.pairing import TeacherReader
+from oprd.training.privileged import PromptTemplate
 from oprd.training.source import Source
 
 logger = get_logger(__name__)
@@ -123,16 +124,26 @@ def open_pair(
         preflight.check_end_tokens(tokenizer, student_ends, set())
     else:
         preflight.check_end_tokens(tokenizer, student_ends, teacher_ends, teacher_end)
-    reader = None
-    if reading != preflight.SAME:
+    reader, prompt_template = None, None
+    if args.teacher_prompt_template is not None:
+        prompt_template = PromptTemplate(args.teacher_prompt_template)
+    if reading != preflight.SAME or prompt_template is not None:
         crossing = None
         if crosses:
             ends = {"student_ends": student_ends, "teacher_end": teacher_end, "teacher_ends": teacher_ends}
             crossing = Crossing(tokenizer, teacher_tokenizer, **ends)
         template = dict(args.chat_template_kwargs or {})
-        reader = TeacherReader(teacher_tokenizer, crossing, shapes.teacher_context, template)
+        reader = TeacherReader(
+            teacher_tokenizer or tokenizer,
+            crossing,
+            shapes.teacher_context,
+            template,
+            prompt_template,
+            args.max_teacher_prompt_length,
+        )
         logger.info(
-            "The teacher reads prompts in its own chat template"
+            "The teacher reads prompts in its own "
+            + ("template, with " + ", ".join(prompt_template.columns) if prompt_template else "chat template")
             + (" and responses in its own tokens, aligned on bytes." if crosses else ".")
         )
     foreign = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from oprd.models import apply_template
 from oprd.objectives.prefix_marginal import PrefixTable
 from oprd.states import Crossing, PrefixIndex, Reading, TeacherText
 from oprd.states.crossing import NOWHERE, Crossed
+from oprd.training.privileged import PromptTemplate
 
 ENOUGH_TO_JUDGE = 64  # response tokens below which a share of pairs says nothing
 
@@ -28,12 +29,17 @@ class TeacherReader:
             teacher's own.
         context: the teacher's, to refuse what does not fit.
         template: keyword arguments of the chat template.
+        prompt_template: where the teacher's prompt holds what the student's does not.
+        longest_prompt: tokens of such a prompt, for which its privileged text is shortened; what the context leaves beside the
+            response, where that is less.
     """
 
     tokenizer: PreTrainedTokenizerBase
     crossing: Crossing | None
     context: int | None
     template: dict[str, Any]
+    prompt_template: PromptTemplate | None = None
+    longest_prompt: int | None = None
 
     def __post_init__(self) -> None:
         self.index = None if self.crossing is None else PrefixIndex(self.crossing)
@@ -47,24 +53,39 @@ class TeacherReader:
         )
         return rendered["input_ids"]
 
+    def prompt_of(self, row: Mapping[str, Any], response: int) -> tuple[list[int], int]:
+        """The teacher's prompt for a row, and how many characters of privileged text had to go for a ``response`` of so many
+        tokens to fit."""
+        if self.prompt_template is None:
+            return self.prompt_ids(row["prompt"]), 0
+        limits = [self.longest_prompt, None if self.context is None else max(self.context - response, 0)]
+        room = min((limit for limit in limits if limit is not None), default=None)
+        return self.prompt_template.fit(row, self.prompt_ids, room)
+
     def _cross(self, ids: Sequence[int]) -> Crossed:
         if self.crossing is not None:
             return self.crossing.read(ids)
         places = list(range(len(ids) + 1))
         return Crossed(list(ids), places, places, [b""] * len(places), [[]] * len(ids))
 
-    def read(self, prompts: Sequence[Any], completion_ids_BC: Tensor, completion_mask_BC: Tensor) -> dict[str, Tensor]:
+    def read(
+        self, given: Sequence[Mapping[str, Any]], completion_ids_BC: Tensor, completion_mask_BC: Tensor
+    ) -> dict[str, Tensor]:
         """Tensors with one row per response, to be split with the rest of a batch; `text_of` puts them together again.
+
+        Args:
+            given: the dataset's rows.
 
         Raises:
             ValueError: a response that the teacher's context cannot hold.
         """
         device, width = completion_ids_BC.device, completion_ids_BC.shape[1]
-        rows, columns, chains = [], [], []
+        rows, columns, chains, left_out = [], [], [], []
         masks = completion_mask_BC.bool().cpu()
-        for prompt, ids, mask in zip(prompts, completion_ids_BC.cpu(), masks, strict=True):
-            before = self.prompt_ids(prompt)
+        for row, ids, mask in zip(given, completion_ids_BC.cpu(), masks, strict=True):
             crossed = self._cross(ids[mask].tolist())
+            before, characters = self.prompt_of(row, len(crossed.teacher_ids))
+            left_out.append(characters)
             rows.append([*before, *crossed.teacher_ids])
             if self.context is not None and len(rows[-1]) > self.context:
                 raise ValueError(
@@ -84,6 +105,7 @@ class TeacherReader:
                 chain[row, : len(links)] = torch.tensor(links)
         stacked = torch.stack(columns)
         tensors = {"ids": reading_ids, "mask": reading_mask, "columns": stacked, "chain": chain}
+        tensors["left_out"] = torch.tensor(left_out)
         return {f"teacher_{name}": tensor.to(device) for name, tensor in tensors.items()}
 
     def _columns(self, crossed: Crossed, prompt: int, mask: Tensor, width: int) -> Tensor:

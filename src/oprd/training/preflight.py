@@ -182,6 +182,13 @@ def check_end_tokens(
         )
 
 
+def named_datasets(train: Any, evaluation: Any) -> dict[str, Any]:
+    """By the names that messages call them."""
+    if isinstance(evaluation, dict):
+        return {"train_dataset": train} | {f"eval_dataset[{name!r}]": rows for name, rows in evaluation.items()}
+    return {"train_dataset": train} | ({} if evaluation is None else {"eval_dataset": evaluation})
+
+
 def check_datasets(
     train: Dataset | IterableDataset | None,
     evaluation: Dataset | IterableDataset | dict[str, Dataset] | None = None,
@@ -195,12 +202,7 @@ def check_datasets(
     """
     if train is None:
         raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
-    named = {"train_dataset": train}
-    if isinstance(evaluation, dict):
-        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
-    elif evaluation is not None:
-        named["eval_dataset"] = evaluation
-    for name, dataset in named.items():
+    for name, dataset in named_datasets(train, evaluation).items():
         columns = dataset.column_names
         if columns is not None and "prompt" not in columns:
             raise ValueError(

@@ -220,6 +220,7 @@ PATH_KEYS = (
     "model_name_or_path",
     "teacher_model_name_or_path",
     "teacher_token_file",
+    "token_file",
     "dataset_name",
     "eval_dataset_name",
     "bridge",
@@ -244,10 +245,11 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
         raise ValueError("--from and --config each name a recipe. Give one of them.")
     manifest = read_manifest(Path(arguments[position + 1]))
     recipe, where = dict(manifest["config"]), Path(manifest["directory"])
-    for key in PATH_KEYS:  # paths were relative to the folder that the run was started in
-        value = recipe.get(key)
-        if value and not Path(value).exists() and (where / value).exists():
-            recipe[key] = str(where / value)
+    for settings in (recipe, *(recipe.get("teachers") or {}).values()):
+        for key in PATH_KEYS:  # paths were relative to the folder that the run was started in
+            value = settings.get(key)
+            if value and not Path(value).exists() and (where / value).exists():
+                settings[key] = str(where / value)
     if "--output_dir" not in arguments:
         if not isinstance(recipe.get("output_dir"), str):
             raise ValueError(f"{arguments[position + 1]}'s recipe has no output_dir. Name one with --output_dir.")

@@ -13,7 +13,10 @@ from oprd.lineage.inputs import data_record
 from oprd.model_files import check_model, load_tokenizer
 from oprd.models import resolve_path
 from oprd.prompts import load_prompts
+from oprd.training.config import OPRDConfig
+from oprd.training.privileged import PromptTemplate
 from oprd.training.recipe import Configs, DataConfig
+from oprd.training.teachers import Routes, named_teachers
 from oprd.training.validation import load_benchmarks
 
 
@@ -35,6 +38,14 @@ class RunData:
         return named
 
 
+def _columns(args: OPRDConfig) -> tuple[str, ...]:
+    """Columns besides prompt and answer that the run reads."""
+    template = args.teacher_prompt_template
+    privileged = () if template is None else PromptTemplate(template).columns
+    routes = None if args.teachers is None else Routes.of(named_teachers(args), args.teacher_column)
+    return tuple(dict.fromkeys((*privileged, *(() if routes is None else routes.columns))))
+
+
 def load_data(configs: Configs) -> RunData:
     """Prompts and benchmarks, checked.
 
@@ -46,12 +57,19 @@ def load_data(configs: Configs) -> RunData:
         raise ValueError("No student: set model_name_or_path.")
     if data.dataset_name is None:
         raise ValueError("No prompts: set dataset_name to a Hub id or a parquet, json or jsonl file.")
-    if args.teacher_model_name_or_path is None and args.teacher_url is None:
-        raise ValueError("No teacher: set teacher_model_name_or_path, or teacher_url.")
+    teachers = {name: settings.get("model_name_or_path") for name, settings in (args.teachers or {}).items()}
+    one = (args.teacher_model_name_or_path, args.teacher_url, args.teacher_model_kind)
+    if not teachers and one == (None, None, None):
+        raise ValueError(
+            "No teacher: set teacher_model_name_or_path, teacher_url or teachers, or teacher_model_kind for a student that "
+            "teaches itself."
+        )
     named = {"student": model.model_name_or_path, "teacher": args.teacher_model_name_or_path}
+    named |= {f"teacher {name}": path for name, path in teachers.items()}
     for role, name in ((role, name) for role, name in named.items() if name is not None):
         check_model(resolve_path(name), role, trust_remote_code=args.trust_remote_code)
     columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column, "as_chat": data.as_chat}
+    columns["columns"] = _columns(args)
     train_dataset = load_prompts(
         data.dataset_name,
         config=data.dataset_config,

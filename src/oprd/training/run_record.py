@@ -40,12 +40,13 @@ def start_manifest(
     _, args, model, _, _ = configs
     before, folder = call.before, None if args.bridge in (None, "auto") else args.bridge
     parent = run_of_model(model.model_name_or_path)
+    student = model_record(model.model_name_or_path, model.model_revision)
     identity: dict[str, Any] = {
         "command": call.command,
         "directory": str(Path.cwd()),
         "config": settings,
-        "student": model_record(model.model_name_or_path, model.model_revision),
-        "teacher": teacher_record(args),
+        "student": student,
+        "teacher": teacher_record(args, student),
         "bridge": model_record(folder) if folder and Path(folder).is_dir() else None,
         "data": data_records,
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},

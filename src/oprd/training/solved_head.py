@@ -67,7 +67,7 @@ def solve_head(trainer, prompts: int = PROMPTS) -> float:
         rollout = trainer.make_rollout(trainer._generate_and_score_completions(rows))
         with accelerator.autocast():
             own = visit_states(student, rollout.student, (), lambda *_: None)[0]
-            with trainer.teacher_at_hand():
+            with trainer.teachers[0].at_hand():
                 other_Nd = answer(teacher, _last_states(rollout)).at_outputs
         moments.update(rollout.output_pairs.of_student(own), other_Nd)
     trainer._metrics["eval"].clear()

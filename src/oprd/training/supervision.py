@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.evaluation import grade
 from oprd.objectives import position_weights, select_positions
 from oprd.training.config import OPRDConfig
-from oprd.training.objective import Objective
-from oprd.training.pairing import TeacherReader
+from oprd.training.teachers import Teacher
 
 
 def counted_rows(accelerator: Accelerator, rows: int) -> Tensor:
@@ -39,16 +38,18 @@ class Supervised:
 
 def supervise(
     batch: Mapping[str, Any],
-    prompts: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
     *,
     args: OPRDConfig,
-    objective: Objective,
+    teachers: Sequence[Teacher],
     vocab_size: int,
-    reader: TeacherReader | None,
     accelerator: Accelerator,
 ) -> Supervised:
     """The weight of every response token, ``state_weights`` and ``output_weights`` ``[B, C]``, with every denominator in it;
-    with a ``reader`` also what the teacher reads. Every process must call it.
+    with a reader also what the teacher reads. Of several teachers each has its own, as `of_teacher` finds them. Every process
+    must call it.
+
+    Where ``batch`` says which teacher reads a row (``route``), the denominators are those of all rows; else each teacher's own.
 
     Raises:
         ValueError: too few positions where the states of two tokenizers can be compared.
@@ -58,29 +59,70 @@ def supervise(
         generated = generated & batch["tool_mask"].bool()
     tensors: dict[str, Tensor] = {}
     metrics: dict[str, float] = {}
+    every: list[dict[str, Tensor]] = []
+    used: list[Tensor] = []
+    for place, teacher in enumerate(teachers):
+        own = generated if "route" not in batch else generated & (batch["route"] == place).unsqueeze(1)
+        read, masks, told = _for_one(teacher, batch, rows, own, args, vocab_size, accelerator)
+        tensors |= {_key(teacher.name, name): tensor for name, tensor in read.items()}
+        metrics |= {name if teacher.name is None else f"{teacher.name}/{name}": value for name, value in told.items()}
+        every.append(masks)
+        used += [masks["state"]] * teacher.objective.uses_states + [masks["output"]] * teacher.objective.uses_output
+    counts = [count for masks in every for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())]
+    counts = torch.stack([*counts, generated.sum(), torch.stack(used).any(0).sum()])
+    counts = accelerator.reduce(counts.float(), reduction="sum")
+    totals = counts[:-2].view(len(teachers), 2, 2)
+    if "route" in batch:
+        totals = totals.sum(0, keepdim=True).expand_as(totals)
+    for teacher, masks, of_kinds in zip(teachers, every, totals, strict=True):
+        for (kind, mask), (sequences, positions) in zip(masks.items(), of_kinds, strict=True):
+            weights = position_weights(mask, args.reduction, num_sequences=sequences, num_positions=positions)
+            tensors[_key(teacher.name, f"{kind}_weights")] = teacher.weight * weights
+    response, trained = counts[-2:].tolist()
+    metrics["response_tokens"] = response
+    return Supervised(tensors, metrics, int(response), int(trained))
+
+
+def _for_one(
+    teacher: Teacher,
+    batch: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    generated: Tensor,
+    args: OPRDConfig,
+    vocab_size: int,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """What one teacher reads, the positions of each kind that it supervises, and what is logged of that."""
     masks = {
         "state": select_positions(generated, args.positions, args.position_k),
         "output": generated & (batch["completion_ids"] < vocab_size),  # vLLM may sample padded rows
     }
-    if reader is not None:
-        tensors = reader.read(prompts, batch["completion_ids"], batch["completion_mask"])
-        has_partner = tensors["teacher_columns"][..., 0 if args.state_at == "predictive" else 1] >= 0
-        paired = accelerator.reduce(
-            torch.stack([(generated & has_partner).sum(), generated.sum()]).float(), reduction="sum"
-        )
-        metrics["paired_share"] = share = (paired[0] / paired[1].clamp(min=1)).item()
-        if objective.representation_weight and reader.crossing is not None:
-            reader.check_pairs(batch, generated, args.min_paired_share, share)
-        masks["state"] = masks["state"] & has_partner
-    used = [masks["state"]] * objective.uses_states + [masks["output"]] * objective.uses_output
-    counts = [count for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())]
-    counts = torch.stack([*counts, generated.sum(), torch.stack(used).any(0).sum()])
-    counts = accelerator.reduce(counts.float(), reduction="sum")
-    for (name, mask), (rows, positions) in zip(masks.items(), counts[:4].view(2, 2), strict=True):
-        tensors[f"{name}_weights"] = position_weights(mask, args.reduction, num_sequences=rows, num_positions=positions)
-    response, trained = counts[4:].tolist()
-    metrics["response_tokens"] = response
-    return Supervised(tensors, metrics, int(response), int(trained))
+    reader = teacher.pair.reader
+    if reader is None:
+        return {}, masks, {}
+    read = reader.read(rows, batch["completion_ids"], batch["completion_mask"])
+    has_partner = read["teacher_columns"][..., 0 if args.state_at == "predictive" else 1] >= 0
+    shortened = (read["teacher_left_out"] > 0) & generated.any(1)
+    counts = torch.stack([(generated & has_partner).sum(), generated.sum(), shortened.sum()])
+    paired, positions, shortened = accelerator.reduce(counts.float(), reduction="sum").tolist()
+    told = {"paired_share": paired / max(positions, 1)}
+    if reader.prompt_template is not None:
+        told["privileged/shortened"] = shortened
+    if teacher.objective.representation_weight and reader.crossing is not None:
+        reader.check_pairs(batch, generated, args.min_paired_share, told["paired_share"])
+    masks["state"] = masks["state"] & has_partner
+    return read, masks, told
+
+
+def _key(teacher: str | None, name: str) -> str:
+    return name if teacher is None else f"{teacher}/{name}"
+
+
+def of_teacher(batch: Mapping[str, Any], teacher: Teacher) -> Mapping[str, Any]:
+    """A batch, or a part of one, as it is for one of several teachers."""
+    prefix = _key(teacher.name, "")
+    own = {name.removeprefix(prefix): value for name, value in batch.items() if prefix and name.startswith(prefix)}
+    return {**batch, **own} if own else batch
 
 
 def accuracy(

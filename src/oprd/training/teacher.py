@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from oprd._compat import create_model_from_path
+from oprd.lineage.hashing import combined_hash
 from oprd.lineage.inputs import model_record
 from oprd.models import backbone_of, causal_lm, resolve_path
 from oprd.serving import RemoteTeacher, connect
@@ -43,15 +44,34 @@ def open_teacher(given: Any, args: OPRDConfig) -> tuple[Any, Source]:
     return given, Source(given, args.teacher_model_revision, args.trust_remote_code)
 
 
-def teacher_record(args: OPRDConfig) -> dict[str, Any]:
-    """What a manifest says of the teacher that the settings name.
+def teacher_record(args: OPRDConfig, student: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the teacher that the settings name; of several, all of them under one name and one hash.
+
+    Args:
+        student: its record, which is the teacher's where it teaches itself.
 
     Raises:
         ValueError: there is no such teacher.
     """
-    if args.teacher_url is not None:
-        return connect(args.teacher_url, args.teacher_token_file).record
-    return model_record(args.teacher_model_name_or_path, args.teacher_model_revision)
+    if args.teacher_model_kind is not None:
+        return {**student, "kind": args.teacher_model_kind}
+    if args.teachers is not None:
+        each = {name: _record(**settings) for name, settings in args.teachers.items()}
+        files = {name: record["hash"] for name, record in each.items()}
+        return {"name": " + ".join(each), "revision": None, "hash": combined_hash(files), "teachers": each}
+    return _record(
+        args.teacher_model_name_or_path, args.teacher_model_revision, args.teacher_url, args.teacher_token_file
+    )
+
+
+def _record(
+    model_name_or_path: str | None = None,
+    model_revision: str | None = None,
+    url: str | None = None,
+    token_file: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    return connect(url, token_file).record if url is not None else model_record(model_name_or_path, model_revision)
 
 
 def check_settings(args: OPRDConfig, *, is_path: bool) -> None:

@@ -21,31 +21,22 @@ from trl import DistillationTrainer
 from oprd import models
 from oprd._compat import RepeatSampler, is_vllm_available
 from oprd.bridge import Bridge
-from oprd.states import (
-    Rollout,
-    TeacherElsewhere,
-    check_packed_attention,
-    make_rollout,
-    only,
-    pack,
-    read_one_token,
-    tile_mlps,
-    use_packed_attention,
-)
-from oprd.training import heads, microbatches, preflight
+from oprd.states import Rollout, TeacherStates, make_rollout, only, pack_all, read_one_token, shared
+from oprd.training import microbatches, preflight
 from oprd.training.checkpoints import CheckpointedTrainer
 from oprd.training.config import OPRDConfig
-from oprd.training.engines import check_engine, expose_head, is_sharded, lender_of, place_teacher, redirected
+from oprd.training.engines import check_engine, expose_head, is_sharded, redirected
 from oprd.training.guard import Guard
-from oprd.training.lessons import Sums, Terms, student_loss
+from oprd.training.lessons import Lesson, Sums, Terms, joint_loss
 from oprd.training.meters import MemoryWatch, Meters, Stopwatch
 from oprd.training.microbatches import MicroBatch
 from oprd.training.nonfinite import sampling
-from oprd.training.objective import TeacherStates, teacher_states
-from oprd.training.pair import fit_prompts, open_bridge, open_pair
+from oprd.training.objective import Objective, teacher_states
+from oprd.training.opening import open_teachers, ready_teachers
+from oprd.training.pair import Pair, fit_prompts
 from oprd.training.source import Source
-from oprd.training.supervision import accuracy, counted_rows, supervise
-from oprd.training.teacher import load_teacher, open_teacher
+from oprd.training.supervision import accuracy, counted_rows, of_teacher, supervise
+from oprd.training.teachers import Routes, Teacher, named_teachers
 
 logger = get_logger(__name__)
 
@@ -60,7 +51,8 @@ class OPRDTrainer(CheckpointedTrainer):
     Args:
         model: the student; a Hub id, a path, a model or a PEFT model.
         teacher_model: the teacher, likewise, or one elsewhere (`oprd.serving.connect`); ``args.teacher_model_name_or_path`` or
-            ``args.teacher_url`` if not given.
+            ``args.teacher_url`` if not given. A dict for several teachers by name, beside or instead of ``args.teachers``; none
+            where the student teaches itself (``args.teacher_model_kind``).
         args: `OPRDConfig`.
         train_dataset: needs a ``prompt`` column (text or chat messages). With an ``answer`` column, responses are graded
             and ``accuracy`` is logged.
@@ -69,7 +61,7 @@ class OPRDTrainer(CheckpointedTrainer):
         teacher_processing_class: the teacher's tokenizer; loaded from the teacher's path where there is one. If it is
             another than the student's, the teacher reads the student's text in its own tokens.
         bridge: a fitted `oprd.bridge.Bridge` or its folder, for a teacher of another shape, origin or tokenizer;
-            ``args.bridge`` if not given.
+            ``args.bridge`` if not given. A dict by name for several teachers.
         peft_config, callbacks, optimizers, quantization_config, tools: as in TRL.
 
     Raises:
@@ -93,13 +85,13 @@ class OPRDTrainer(CheckpointedTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | dict[str, str | PreTrainedModel] | None = None,
         args: OPRDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
-        bridge: Bridge | str | None = None,
+        bridge: Bridge | str | dict[str, Bridge | str] | None = None,
         peft_config: Any = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -109,31 +101,33 @@ class OPRDTrainer(CheckpointedTrainer):
         args = args or OPRDConfig("oprd")
         if args.use_vllm and not is_vllm_available():
             raise ValueError('vLLM is not installed: pip install "oprd[vllm]", or set use_vllm: false.')
-        check_engine(args, has_adapter=peft_config is not None or hasattr(model, "get_base_model"))
+        has_adapter = peft_config is not None or hasattr(model, "get_base_model")
+        check_engine(args, has_adapter=has_adapter)
         if teacher_model is model and not isinstance(model, str):
-            raise ValueError("Student and teacher are one object, and the teacher is frozen. Pass a copy of it.")
-        teacher_model, teacher_source = open_teacher(teacher_model, args)
+            raise ValueError(
+                "Student and teacher are one object, and the teacher is frozen. Pass a copy of it, or have the student teach "
+                "itself with teacher_model_kind."
+            )
         model = models.resolve_path(model) if isinstance(model, str) else model
-        student_source = Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code)
         preflight.check_datasets(train_dataset, eval_dataset, responses_per_prompt=args.responses_per_prompt)
         if bridge is not None and args.bridge is not None:
             raise ValueError("Two bridges: pass bridge or set args.bridge, not both.")
-        bridge = open_bridge(args.bridge if bridge is None else bridge)
-        if bridge is not None and not args.representation_weight:
-            raise ValueError("The bridge would be ignored: representation_weight is 0.")
-        pair = self._pair = open_pair(
-            args,
-            student_source,
-            teacher_source,
+        named = named_teachers(args, teacher_model, bridge)
+        self.routes = Routes.of(named, args.teacher_column)
+        opened = open_teachers(
+            named,
+            Source(model, (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code),
             processing_class,
             teacher_processing_class,
-            bridge,
-            train_dataset,
+            preflight.named_datasets(train_dataset, eval_dataset),
+            self.routes,
+            has_adapter=has_adapter,
             has_tools=bool(tools),
             compares_states=self._compares_states(args),
         )
-        shapes = pair.shapes
-        train_dataset = fit_prompts(train_dataset, pair.tokenizer, args, shapes.context)
+        tokenizer = opened[0].pair.tokenizer
+        contexts = [one.pair.shapes.context for one in opened if one.pair.shapes.context is not None]
+        train_dataset = fit_prompts(train_dataset, tokenizer, args, min(contexts, default=None))
 
         # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
         super().__init__(
@@ -142,54 +136,19 @@ class OPRDTrainer(CheckpointedTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=pair.tokenizer,
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
             tools=tools,
         )
-        self.vocab_size = shapes.vocab_size
-        teacher, processes = teacher_model, self.accelerator.num_processes
-        teacher = load_teacher(teacher, args, self.model.dtype, processes) if isinstance(teacher, str) else teacher
-        teacher.requires_grad_(False).eval()
-        heads.check_loaded(self.model, teacher)
-        pair.check_bridge(self.model, teacher)
+        self.vocab_size = opened[0].pair.shapes.vocab_size
         self._end_where_told(args.eos_token)
-        with models.whole(*models.head_parameters(self.model, teacher), written=True):
-            self.lm_head, why = heads.adopt_or_keep(
-                self.model,
-                teacher,
-                args.lm_head,
-                shapes.vocab_size,
-                pair.foreign,
-                through_bridge=bridge is not None and not is_sharded(args),
-                other_vocabulary=shapes.teacher_vocab_size is not None,
-                trains_output=args.output_loss != "none",
-            )
-        self.objective = args.objective(
-            layers=shapes.layers,
-            num_layers=shapes.num_layers,
-            vocab_size=shapes.vocab_size,
-            head_adopted=self.lm_head == "teacher",
-            bridge=None if bridge is None else bridge.to(self.accelerator.device),
-            teacher_vocab_size=shapes.teacher_vocab_size,
-        )
-        heads.freeze_and_report(
-            self.model, teacher, self.objective, self.lm_head, why, head_alone=args.trainable == "head"
-        )
-        read_here = [m for m in (self.model, teacher) if not isinstance(m, TeacherElsewhere)]
-        for model_here in read_here[1:]:
-            tile_mlps(model_here)
-        if not tile_mlps(self.model, with_gradient=args.tile_mlp) and args.tile_mlp:
-            raise ValueError("tile_mlp would be ignored: the student's blocks have no plain MLP. Unset it.")
-        for read in read_here if args.is_packed else ():
-            use_packed_attention(read)
-            if not is_sharded(args):
-                with self.accelerator.autocast():
-                    check_packed_attention(read, suffix=read is self.model and args.gradient_scope == "suffix")
-        self.teacher_model, self.teacher_at_hand = place_teacher(teacher, args, self.accelerator)
-        self._lender = lender_of(teacher)
+        self.teachers, self.lm_head, self.averages = ready_teachers(self, opened, args)
+        self.teacher_model = self.teachers[0].model
+        for average in self.averages.values():
+            self.add_callback(average)
         expose_head(self.model, args)
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
@@ -204,6 +163,16 @@ class OPRDTrainer(CheckpointedTrainer):
         return self._memory.peak
 
     # ---------------------------------------------------------------------------------------- before the first step
+
+    @property
+    def objective(self) -> Objective:
+        """The first teacher's."""
+        return self.teachers[0].objective
+
+    @property
+    def pair(self) -> Pair:
+        """The student and the first teacher."""
+        return self.teachers[0].pair
 
     @staticmethod
     def _compares_states(args: OPRDConfig) -> bool:
@@ -245,14 +214,15 @@ class OPRDTrainer(CheckpointedTrainer):
         batch["is_counted"] = counted_rows(self.accelerator, len(inputs))
         if self.args.is_packed:
             batch, inputs = microbatches.balance(batch, inputs, self.accelerator)
+        if self.routes is not None:
+            batch["route"] = torch.tensor([self.routes.index(row) for row in inputs], device=self.accelerator.device)
         self._stopwatch.seconds["rollout"] += self._stopwatch.now() - started
         found = supervise(
             batch,
-            [row["prompt"] for row in inputs],
+            inputs,
             args=self.args,
-            objective=self.objective,
+            teachers=self.teachers,
             vocab_size=self.vocab_size,
-            reader=self._pair.reader,
             accelerator=self.accelerator,
         )
         for name, value in found.metrics.items():
@@ -266,9 +236,11 @@ class OPRDTrainer(CheckpointedTrainer):
             self._metrics[mode]["accuracy"].append(share)
         return batch | found.tensors
 
-    def make_rollout(self, batch: dict[str, Any]) -> Rollout:
-        """One micro-batch, ready for both models."""
-        reader = self._pair.reader
+    def make_rollout(self, batch: dict[str, Any], teacher: Teacher | None = None) -> Rollout:
+        """One micro-batch, ready for the student and a teacher (the first)."""
+        teacher = teacher or self.teachers[0]
+        batch = of_teacher(batch, teacher)
+        reader = teacher.pair.reader
         crosses = reader is not None and reader.crossing is not None
         return make_rollout(
             batch["prompt_ids"],
@@ -279,8 +251,12 @@ class OPRDTrainer(CheckpointedTrainer):
             output_weights_BC=batch["output_weights"],
             state_at=self.args.state_at,
             teacher_text=None if reader is None else reader.text_of(batch),
-            prefix_table=reader.table_of if crosses and self.objective.uses_output else None,
+            prefix_table=reader.table_of if crosses and teacher.objective.uses_output else None,
         )
+
+    def teachers_of(self, batch: MicroBatch) -> list[Teacher]:
+        """Those that read a micro-batch."""
+        return [self.teachers[batch["teacher"]]] if "teacher" in batch else self.teachers
 
     def _prepare_inputs(self, generation_batch):
         is_ready = isinstance(generation_batch, MicroBatch)
@@ -294,39 +270,53 @@ class OPRDTrainer(CheckpointedTrainer):
             loss = self._micro_batch_loss(model, inputs)
             self._guard.has_loss = True
         else:
-            parts = microbatches.cut(inputs, self.args.max_tokens_per_microbatch, self.accelerator)
+            parts = self._cut(inputs)
             loss = torch.stack([self._micro_batch_loss(model, part) for part in parts]).sum()
             self._meter.end_batch()
             loss = self.accelerator.reduce(loss, reduction="mean")  # the loop weighs processes by rows that count
         return (loss, None) if return_outputs else loss
 
+    def _cut(self, batch: dict[str, Any]) -> list[MicroBatch]:
+        return microbatches.cut(batch, self.args.max_tokens_per_microbatch, self.accelerator, len(self.teachers))
+
     def _micro_batch_loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Teacher, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
-        rollout = only(self.make_rollout(batch), states=self.objective.uses_states, outputs=self.objective.uses_output)
-        if self.args.is_packed:
-            rollout = pack(rollout, suffix=self.args.gradient_scope == "suffix")
+        """Teachers, then student, each through its own wrapper, so that DDP, FSDP and ZeRO gather and reduce."""
+        teachers = self.teachers_of(batch)
+        rollouts = [
+            only(self.make_rollout(batch, t), states=t.objective.uses_states, outputs=t.objective.uses_output)
+            for t in teachers
+        ]
+        is_suffix = self.args.gradient_scope == "suffix"
+        rollouts = pack_all(rollouts, suffix=is_suffix) if self.args.is_packed else shared(rollouts)
         started = self._stopwatch.now()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with self.teacher_at_hand():
-            ask = partial(self._teacher_states, teacher, rollout)
-            targets = redirected(self._forward_redirection, self.teacher_model, teacher, ask)
+        lessons = [self._ask(teacher, model, rollout) for teacher, rollout in zip(teachers, rollouts, strict=True)]
         self._stopwatch.seconds["teacher"] += self._stopwatch.now() - started
         student = self.accelerator.unwrap_model(model)
-        ask = partial(self._student_loss, student, rollout, targets)
+        ask = partial(self._student_loss, student, lessons)
         loss, terms, sums = redirected(self._forward_redirection, model, student, ask)
         self._meter.add(terms, sums)
         # The weights' denominators are global; DDP and the logged loss average over processes.
         return loss * self.accelerator.num_processes
 
-    def _teacher_states(self, teacher: nn.Module, rollout: Rollout) -> TeacherStates:
-        with self.accelerator.autocast():
-            return teacher_states(self.objective, teacher, rollout)
+    def _ask(self, teacher: Teacher, student: nn.Module, rollout: Rollout) -> Lesson:
+        wrapper = teacher.among(student)
+        plain = self.accelerator.unwrap_model(wrapper)
 
-    def _student_loss(self, student: nn.Module, rollout: Rollout, targets: TeacherStates) -> tuple[Tensor, Terms, Sums]:
+        def states() -> TeacherStates:
+            with self.accelerator.autocast():
+                return teacher_states(teacher.objective, plain, rollout)
+
+        with teacher.at_hand():
+            targets = redirected(self._forward_redirection, wrapper, plain, states)
+            head = teacher.lend() if teacher.objective.uses_head else plain
+        return Lesson(teacher.objective, head, rollout, targets, teacher.name)
+
+    def _student_loss(self, student: nn.Module, lessons: list[Lesson]) -> tuple[Tensor, Terms, Sums]:
+        rollout = lessons[0].rollout
         with self.accelerator.autocast():
             if self.args.gradient_scope == "suffix" and rollout.student_prefix is None and is_sharded(self.args):
-                read_one_token(student, rollout.student, self.objective.top_layer)
-            return student_loss(self.objective, student, self._lender, rollout, targets)
+                read_one_token(student, rollout.student, max(lesson.objective.top_layer for lesson in lessons))
+            return joint_loss(student, lessons)
 
     @property
     def _stopwatch(self) -> Stopwatch:
@@ -341,7 +331,7 @@ class OPRDTrainer(CheckpointedTrainer):
         model.train()
         started = self._stopwatch.now()
         batch = self._prepare_inputs(inputs)
-        parts = microbatches.cut(batch, self.args.max_tokens_per_microbatch, self.accelerator)
+        parts = self._cut(batch)
         state = self.accelerator.gradient_state
         meets = state.sync_gradients
 

@@ -1,0 +1,195 @@
+"""From what a trainer was given to teachers that can be asked: first what configs can tell, then the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from oprd import models
+from oprd.states import TeacherElsewhere, check_packed_attention, tile_mlps, use_packed_attention
+from oprd.training import heads
+from oprd.training.config import OPRDConfig
+from oprd.training.engines import is_sharded, lender_of, place_teacher
+from oprd.training.own_teacher import Average, OwnTeacher, average_of_copy
+from oprd.training.pair import Pair, open_bridge, open_pair
+from oprd.training.privileged import PromptTemplate
+from oprd.training.source import Source
+from oprd.training.teacher import load_teacher, open_teacher
+from oprd.training.teachers import Named, Routes, Teacher
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A teacher before its weights are loaded: a path, a model, one elsewhere, or None for the student's own module."""
+
+    named: Named
+    model: Any
+    pair: Pair
+
+    @property
+    def is_student(self) -> bool:
+        return self.model is None
+
+
+def open_teachers(
+    named: list[Named],
+    student: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizers: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None,
+    datasets: Mapping[str, Dataset | IterableDataset],
+    routes: Routes | None,
+    *,
+    has_adapter: bool,
+    has_tools: bool,
+    compares_states: bool,
+) -> list[Opened]:
+    """Every teacher with all that can be known before weights are loaded.
+
+    Args:
+        teacher_tokenizers: one for all, or by name.
+        datasets: by the names that messages call them, the training one first.
+        routes: which teacher reads a row; None where all read every row.
+
+    Raises:
+        ValueError: whatever pre-flight finds, with the teacher's name where there are several.
+    """
+    template = named[0].args.teacher_prompt_template
+    for name, rows in datasets.items():
+        if routes is not None:
+            routes.check(rows, name)
+        if template is not None:
+            PromptTemplate(template).check(rows, name)
+    found: list[Opened] = []
+    for one in named:
+        try:
+            bridge = open_bridge(one.args.bridge if one.bridge is None else one.bridge)
+            if bridge is not None and not one.args.representation_weight:
+                raise ValueError("The bridge would be ignored: representation_weight is 0.")
+            own = one.args.teacher_model_kind
+            if own is None:
+                model, source = open_teacher(one.model, one.args)
+                given = teacher_tokenizers
+                given = given.get(one.name) if isinstance(given, Mapping) else given
+            else:
+                tokenizer = given = tokenizer or student.tokenizer("student", "processing_class")
+                source = student
+                model = None if own == "live" or has_adapter else student.model
+                if one.model is not None:
+                    raise ValueError("teacher_model beside teacher_model_kind: the student teaches itself. Remove one.")
+            pair = open_pair(
+                one.args,
+                student,
+                source,
+                tokenizer,
+                given,
+                bridge,
+                next(iter(datasets.values())),
+                has_tools=has_tools,
+                compares_states=compares_states,
+            )
+        except ValueError as error:
+            if one.name is None:
+                raise
+            raise ValueError(f"teachers: {one.name}: {error}") from error
+        tokenizer = pair.tokenizer
+        found.append(Opened(one, model, pair))
+    return found
+
+
+def ready_teachers(
+    trainer: Any, opened: list[Opened], args: OPRDConfig
+) -> tuple[list[Teacher], str, dict[str, Average]]:
+    """Weights loaded and placed, the student's LM head settled, and what no loss reaches frozen.
+
+    Args:
+        trainer: an `oprd.OPRDTrainer` whose ``model`` is there.
+
+    Returns:
+        The teachers, what became of the student's LM head, and the averages that move with the student.
+
+    Raises:
+        ValueError: a model that cannot be read, or a head that cannot be had.
+    """
+    student, accelerator = trainer.model, trainer.accelerator
+    loaded = [_load(one, student, args, accelerator.num_processes) for one in opened]
+    apart = [teacher for teacher in loaded if teacher is not student]
+    for teacher in apart:
+        teacher.requires_grad_(False).eval()
+    heads.check_loaded(student, apart)
+    for one, teacher in zip(opened, loaded, strict=True):
+        one.pair.check_bridge(student, teacher)
+    lm_head, why = heads.settle(
+        student, loaded, [one.pair for one in opened], [one.named.weight for one in opened], args
+    )
+    adopted = lm_head == "teacher" or (args.teacher_model_kind is not None and not models.is_tied(student))
+    objectives = [
+        one.named.args.objective(
+            layers=one.pair.shapes.layers,
+            num_layers=one.pair.shapes.num_layers,
+            vocab_size=one.pair.shapes.vocab_size,
+            head_adopted=adopted,
+            bridge=None if one.pair.bridge is None else one.pair.bridge.to(accelerator.device),
+            teacher_vocab_size=one.pair.shapes.teacher_vocab_size,
+        )
+        for one in opened
+    ]
+    heads.freeze_and_report(student, loaded, objectives, lm_head, why, head_alone=args.trainable == "head")
+    _tile_and_pack(student, apart, args, accelerator)
+    teachers, averages = [], {}
+    for one, teacher, objective in zip(opened, loaded, objectives, strict=True):
+        name, weight, pair = one.named.name, one.named.weight, one.pair
+        if one.is_student:
+            own = OwnTeacher(student, args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps)
+            if own.average is not None:
+                averages["teacher"] = own.average
+            teachers.append(Teacher(name, weight, pair, objective, None, own.at_hand, own.lend))
+            continue
+        placed, at_hand = place_teacher(teacher, args, accelerator)
+        if args.teacher_model_kind == "ema":
+            averages["teacher"] = average_of_copy(student, teacher, args.teacher_update_rate, args.teacher_sync_steps)
+        teachers.append(Teacher(name, weight, pair, objective, placed, at_hand, partial(_same, lender_of(teacher))))
+    return _shares(teachers, routed=trainer.routes is not None), lm_head, averages
+
+
+def _same(lender: nn.Module) -> nn.Module:
+    return lender
+
+
+def _load(one: Opened, student: nn.Module, args: OPRDConfig, processes: int) -> nn.Module:
+    if one.is_student:
+        return student
+    if isinstance(one.model, str):
+        own = one.named.args
+        if own.teacher_model_kind is not None:  # a copy of the student, loaded as it was
+            own = copy.copy(own)
+            own.teacher_model_init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "dtype"}
+        return load_teacher(one.model, own, student.dtype, processes)
+    return copy.deepcopy(one.model) if args.teacher_model_kind is not None else one.model
+
+
+def _tile_and_pack(student: nn.Module, apart: list[nn.Module], args: OPRDConfig, accelerator: Any) -> None:
+    read_here = [model for model in apart if not isinstance(model, TeacherElsewhere)]
+    for model in read_here:
+        tile_mlps(model)
+    if not tile_mlps(student, with_gradient=args.tile_mlp) and args.tile_mlp:
+        raise ValueError("tile_mlp would be ignored: the student's blocks have no plain MLP. Unset it.")
+    for model in [student, *read_here] if args.is_packed else ():
+        use_packed_attention(model)
+        if not is_sharded(args):
+            with accelerator.autocast():
+                check_packed_attention(model, suffix=model is student and args.gradient_scope == "suffix")
+
+
+def _shares(teachers: list[Teacher], *, routed: bool) -> list[Teacher]:
+    """Where all read every row, weights that add up to 1, so that the loss is as large as one teacher's."""
+    if routed or len(teachers) == 1:
+        return teachers
+    total = sum(teacher.weight for teacher in teachers)
+    return [replace(teacher, weight=teacher.weight / total) for teacher in teachers]
