@@ -186,9 +186,20 @@ def canned_completion(prompt_ids):
 
 
 def canned_trainer(
-    output_dir, *, model=None, teacher=None, prompts=PROMPTS, answers=None, trainer_kwargs=None, **settings
+    output_dir,
+    *,
+    model=None,
+    teacher=None,
+    prompts=PROMPTS,
+    answers=None,
+    columns=None,
+    trainer_kwargs=None,
+    **settings,
 ):
-    """An `OPRDTrainer` on tiny models whose rollouts are canned, so that runs can be compared exactly."""
+    """An `OPRDTrainer` on tiny models whose rollouts are canned, so that runs can be compared exactly.
+
+    ``columns`` are further columns of the dataset. Without a ``teacher`` it is a tiny model, or the student where settings say so.
+    """
     from datasets import Dataset
 
     from oprd import OPRDConfig, OPRDTrainer
@@ -215,10 +226,12 @@ def canned_trainer(
         "optim": "sgd",
         **settings,
     }
-    columns = {"prompt": list(prompts)} | ({"answer": list(answers)} if answers else {})
+    columns = {"prompt": list(prompts)} | ({"answer": list(answers)} if answers else {}) | (columns or {})
+    if teacher is None and not settings.get("teacher_model_kind"):
+        teacher = tiny_model(seed=1)
     return Canned(
         model=model if model is not None else tiny_model(seed=0),
-        teacher_model=teacher if teacher is not None else tiny_model(seed=1),
+        teacher_model=teacher,
         args=OPRDConfig(output_dir=str(output_dir), **settings),
         train_dataset=Dataset.from_dict(columns),
         processing_class=tiny_tokenizer(),
