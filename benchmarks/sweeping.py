@@ -49,6 +49,8 @@ class Table:
     steps: int = 200
     batch: int = 32
     recorded: Path | None = None  # results that are kept with the code; runs add to them
+    validation: Callable[[], list[dict]] | None = None  # problems that choose rates; the miniature's by default
+    tests: dict[str, Callable[[], list[dict]]] | None = None  # by name; the first is what seeds and intervals are of
 
     def results(self) -> dict[Key, dict]:
         """What has been run; a later line adds to an earlier one."""
@@ -72,8 +74,6 @@ class Table:
     def train(self, key: Key) -> float:
         """Train unless that has been done; Avg@16 on the validation problems."""
         if "validation" not in self.results().get(key, {}):
-            from oprd.miniature.task import validation
-
             row = self.rows[key[0]]
             arguments = {
                 "max_steps": self.steps,
@@ -86,25 +86,36 @@ class Table:
             started = time.perf_counter()
             final = (row.run or one_run)(key, self.directory_of(key), {"config": row.recipe, **arguments})
             seconds = time.perf_counter() - started
-            self.keep(key, seconds=seconds, final=str(final), validation=score(final, validation(), row.max_new_tokens))
+            self.keep(
+                key, seconds=seconds, final=str(final), validation=score(final, self._validation(), row.max_new_tokens)
+            )
         return self.results()[key]["validation"]["avg_at_k"]
 
     def test(self, key: Key) -> None:
         """Score a trained student on the test problems, once."""
         found = self.results()[key]
         if "test" not in found:
-            from oprd.miniature.task import held_out
-
             final = found.get("final", self.directory_of(key) / "final")
-            self.keep(key, test=score(final, held_out(), self.rows[key[0]].max_new_tokens))
+            self._test(key, final, self.rows[key[0]].max_new_tokens)
+
+    def _validation(self) -> list[dict]:
+        from oprd.miniature.task import validation
+
+        return (self.validation or validation)()
+
+    def _test(self, key: Key, path: Path | str, max_new_tokens: int) -> None:
+        from oprd.miniature.task import held_out
+
+        first, *others = (self.tests or {"test": held_out}).items()
+        more = {name: score(path, problems(), max_new_tokens)["avg_at_k"] for name, problems in others}
+        self.keep(key, test=score(path, first[1](), max_new_tokens) | ({"others": more} if more else {}))
 
     def score_untrained(self) -> None:
-        from oprd.miniature.task import held_out
         from oprd.models import resolve_path
 
         for name, (path, max_new_tokens) in self.untrained.items():
             if "test" not in self.results().get((name, 0.0, 0), {}):
-                self.keep((name, 0.0, 0), test=score(resolve_path(path), held_out(), max_new_tokens))
+                self._test((name, 0.0, 0), resolve_path(path), max_new_tokens)
 
     def one_row(self, name: str) -> None:
         """Sweep, then the other seeds."""
@@ -129,10 +140,9 @@ class Table:
 
     def markdown(self) -> str:
         """One line a row, at the learning rate that validation chose."""
-        lines = [
-            "| objective | lr (tried) | Avg@16 | seeds | Best@16 | Dist-4g | length |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        others = list(self.tests or {})[1:]
+        columns = ["objective", "lr (tried)", "Avg@16", "seeds", *others, "Best@16", "Dist-4g", "length"]
+        lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         done = self.results().values()
         for name in [*self.untrained, *self.rows]:
             own = [r for r in done if r["row"] == name]
@@ -141,13 +151,16 @@ class Table:
             tests = [r["test"] for r in sorted(own, key=lambda r: r["seed"]) if r["lr"] == best and "test" in r]
             if not tests:
                 continue
-            mean = {key: sum(t[key] for t in tests) / len(tests) for key in tests[0] if all(key in t for t in tests)}
+            shared = [key for key in tests[0] if key != "others" and all(key in t for t in tests)]
+            mean = {key: sum(t[key] for t in tests) / len(tests) for key in shared}
+            of_others = "".join(f"{sum(t['others'][o] for t in tests) / len(tests):.1f} | " for o in others)
             half = sum(t["avg_high"] - t["avg_low"] for t in tests) / 2 / len(tests)
             rate = f"{best:g} ({len(swept)})" if swept else ""
             scores = ", ".join(f"{t['avg_at_k']:.1f}" for t in tests) if swept else ""
             dist = f"{mean['distinct_4']:.1f}" if "distinct_4" in mean else ""
             lines.append(
-                f"| {name} | {rate} | {mean['avg_at_k']:.1f} ± {half:.1f} | {scores} | {mean['best_at_k']:.1f} | {dist} | "
+                f"| {name} | {rate} | {mean['avg_at_k']:.1f} ± {half:.1f} | {scores} | {of_others}{mean['best_at_k']:.1f} | "
+                f"{dist} | "
                 f"{mean['mean_length']:.1f} |"
             )
         return "\n".join(lines)

@@ -37,7 +37,6 @@ def check_teachers(args: Any) -> None:
         args.teacher_prompt_template is None, "there is no teacher_prompt_template", max_teacher_prompt_length=None
     )
     args.teachers = parse_teachers(args.teachers)
-    args.refuse_ignored(args.teachers is None, "there are no teachers", teacher_column=None)
     if args.teachers is not None:
         elsewhere = (
             "teacher_model_name_or_path",

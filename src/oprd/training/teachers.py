@@ -64,6 +64,7 @@ def named_teachers(args: Any, model: Any = None, bridge: Any = None) -> list[Nam
         ValueError: names that do not agree, or a teacher without a model.
     """
     if args.teachers is None and not isinstance(model, Mapping):
+        args.refuse_ignored(True, "there are no teachers to choose from", teacher_column=None)
         return [Named(None, args, model, bridge)]
     if args.teacher_model_kind is not None:
         raise ValueError("teacher_model_kind makes the student its own teacher, and teachers names others. Remove one.")
