@@ -17,10 +17,14 @@ from oprd.objectives.representation import (
     representation_loss,
 )
 from oprd.objectives.selection import map_layers, select_layers, select_positions
-from oprd.objectives.streaming import state_term
+from oprd.objectives.streaming import Since, StateSums, state_term, transition_term
+from oprd.objectives.transition import TRANSITION_OVER, previous_positions, transition_distance, with_previous
 
 __all__ = [
     "REPRESENTATION_KINDS",
+    "TRANSITION_OVER",
+    "Since",
+    "StateSums",
     "cosine_similarity",
     "full_vocab_kl",
     "full_vocab_loss",
@@ -29,6 +33,7 @@ __all__ = [
     "logit_mse_loss",
     "map_layers",
     "position_weights",
+    "previous_positions",
     "representation_distance",
     "representation_loss",
     "sampled_token",
@@ -38,4 +43,7 @@ __all__ = [
     "state_term",
     "top_k_kl",
     "top_k_loss",
+    "transition_distance",
+    "transition_term",
+    "with_previous",
 ]
