@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd.objectives import (
@@ -81,6 +81,7 @@ def value_and_gradient(student, teacher, mask, **options):
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**20), over=st.sampled_from(OVER), side=st.sampled_from(["student", "teacher"]))
 def test_a_constant_and_a_scale_change_nothing(seed, over, side):
     """A vector added to all of a model's states (of a layer; over layers, of the model), or a factor to all of them."""
@@ -137,6 +138,7 @@ def test_wrong_and_ignored_settings(states, mask_BT):
         )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), max_size=6))
 def test_previous_positions(lengths):
     rows = [row for row, length in enumerate(lengths) for _ in range(length)]

@@ -19,16 +19,20 @@ from oprd.objectives.representation import (
 from oprd.objectives.selection import map_layers, select_layers, select_positions
 from oprd.objectives.streaming import Since, StateSums, state_term, transition_term
 from oprd.objectives.transition import TRANSITION_OVER, previous_positions, transition_distance, with_previous
+from oprd.objectives.weighting import LAYER_WEIGHTINGS, RunningMean, layer_weights
 
 __all__ = [
+    "LAYER_WEIGHTINGS",
     "REPRESENTATION_KINDS",
     "TRANSITION_OVER",
+    "RunningMean",
     "Since",
     "StateSums",
     "cosine_similarity",
     "full_vocab_kl",
     "full_vocab_loss",
     "head_grams",
+    "layer_weights",
     "logit_mse",
     "logit_mse_loss",
     "map_layers",
