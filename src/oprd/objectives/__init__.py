@@ -1,5 +1,6 @@
 """What is compared: pure functions of tensors. Nothing here knows a model, a config or a device."""
 
+from oprd.objectives.attention_map import attention_map_loss, key_places, teacher_maps
 from oprd.objectives.head_metric import head_grams, logit_mse, logit_mse_loss
 from oprd.objectives.output_space import (
     full_vocab_kl,
@@ -28,10 +29,12 @@ __all__ = [
     "RunningMean",
     "Since",
     "StateSums",
+    "attention_map_loss",
     "cosine_similarity",
     "full_vocab_kl",
     "full_vocab_loss",
     "head_grams",
+    "key_places",
     "layer_weights",
     "logit_mse",
     "logit_mse_loss",
@@ -45,6 +48,7 @@ __all__ = [
     "select_layers",
     "select_positions",
     "state_term",
+    "teacher_maps",
     "top_k_kl",
     "top_k_loss",
     "transition_distance",
