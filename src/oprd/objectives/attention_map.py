@@ -109,12 +109,13 @@ class _MapTerm(torch.autograd.Function):
         ctx.save_for_backward(query_PHh, key_PGh, teacher_NHK, place_N, position_N, weights_N)
         ctx.settings = keys, scaling, window
         loss = weights_N.new_zeros(())
-        for part in _slices(query_PHh, key_PGh, len(place_N), keys):
-            place_nK, exists_nK = key_places(place_N[part], position_N[part], keys, window)
-            query_nHh, key_nKGh = _gathered(query_PHh, place_N[part]), _gathered(key_PGh, place_nK)
-            own_nHK, other_nHK = _logs(query_nHh, key_nKGh, teacher_NHK[part], exists_nK, scaling)
-            ratio_nHK = (other_nHK - own_nHK).masked_fill_(other_nHK == -torch.inf, 0)  # 0 log 0 = 0
-            loss = loss + (weights_N[part] * (other_nHK.exp() * ratio_nHK).sum(-1).mean(-1)).sum()
+        with torch.autocast(query_PHh.device.type, enabled=False):
+            for part in _slices(query_PHh, key_PGh, len(place_N), keys):
+                place_nK, exists_nK = key_places(place_N[part], position_N[part], keys, window)
+                query_nHh, key_nKGh = _gathered(query_PHh, place_N[part]), _gathered(key_PGh, place_nK)
+                own_nHK, other_nHK = _logs(query_nHh, key_nKGh, teacher_NHK[part], exists_nK, scaling)
+                ratio_nHK = (other_nHK - own_nHK).masked_fill_(other_nHK == -torch.inf, 0)  # 0 log 0 = 0
+                loss = loss + (weights_N[part] * (other_nHK.exp() * ratio_nHK).sum(-1).mean(-1)).sum()
         return loss
 
     @staticmethod
