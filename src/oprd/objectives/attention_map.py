@@ -14,6 +14,8 @@ h head size, K = keys + 1: column j < keys is the token j before the query, colu
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -44,15 +46,28 @@ def key_places(place_N: Tensor, position_N: Tensor, keys: int, window: int | Non
     return place_N.unsqueeze(1) - back_NK.masked_fill(~exists_NK, 0), exists_NK
 
 
-def _scores(query_nHh: Tensor, key_nKGh: Tensor, scaling: float) -> Tensor:
-    """``scaling * q k``, ``[n, H, K]`` in float32 (or wider); every key head serves ``H / G`` query heads in a row."""
-    grouped_nGgh = query_nHh.unflatten(1, (key_nKGh.shape[2], -1))
-    return torch.einsum("nGgh,nKGh->nGgK", grouped_nGgh, key_nKGh).flatten(1, 2) * scaling
+class _Gathered(NamedTuple):
+    """A slice's queries and keys in float32 (or wider), by key head: that is how they are multiplied."""
+
+    query_Gngh: Tensor
+    key_GnKh: Tensor
+    key_rows_GnK: Tensor  # of [P * G, h]
+    exists_nK: Tensor
+
+    def scores(self, scaling: float) -> Tensor:
+        """``scaling * q k``, ``[G, n, g, K]``."""
+        return torch.matmul(self.query_Gngh, self.key_GnKh.mT).mul_(scaling)
 
 
-def _gathered(states_Pxh: Tensor, place: Tensor) -> Tensor:
-    found = states_Pxh.index_select(0, place.flatten()).unflatten(0, place.shape)
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+def _gather(
+    query_PHh: Tensor, key_PGh: Tensor, place_n: Tensor, position_n: Tensor, keys: int, window: int | None
+) -> _Gathered:
+    groups, exact = key_PGh.shape[1], torch.promote_types(query_PHh.dtype, torch.float32)
+    place_nK, exists_nK = key_places(place_n, position_n, keys, window)
+    query_Gngh = query_PHh.index_select(0, place_n).unflatten(1, (groups, -1)).transpose(0, 1)
+    rows_GnK = place_nK * groups + torch.arange(groups, device=place_n.device)[:, None, None]
+    key_GnKh = key_PGh.flatten(0, 1).index_select(0, rows_GnK.flatten()).unflatten(0, rows_GnK.shape)
+    return _Gathered(query_Gngh.to(exact), key_GnKh.to(exact), rows_GnK, exists_nK)
 
 
 def _slices(query_PHh: Tensor, key_PGh: Tensor, queries: int, keys: int) -> list[slice]:
@@ -86,9 +101,9 @@ def teacher_maps(
     maps_NHK = query_PHh.new_empty(len(place_N), query_PHh.shape[1], keys + 1, dtype=dtype)
     with torch.autocast(query_PHh.device.type, enabled=False):
         for part in _slices(query_PHh, key_PGh, len(place_N), keys):
-            place_nK, exists_nK = key_places(place_N[part], position_N[part], keys, window)
-            scores_nHK = _scores(_gathered(query_PHh, place_N[part]), _gathered(key_PGh, place_nK), scaling)
-            maps_NHK[part] = scores_nHK.masked_fill_(~exists_nK.unsqueeze(1), -torch.inf).log_softmax(-1).to(dtype)
+            found = _gather(query_PHh, key_PGh, place_N[part], position_N[part], keys, window)
+            scores_GngK = found.scores(scaling).masked_fill_(~found.exists_nK.unsqueeze(1), -torch.inf)
+            maps_NHK[part] = scores_GngK.log_softmax(-1).transpose(0, 1).flatten(1, 2).to(dtype)
     return maps_NHK
 
 
@@ -111,11 +126,11 @@ class _MapTerm(torch.autograd.Function):
         loss = weights_N.new_zeros(())
         with torch.autocast(query_PHh.device.type, enabled=False):
             for part in _slices(query_PHh, key_PGh, len(place_N), keys):
-                place_nK, exists_nK = key_places(place_N[part], position_N[part], keys, window)
-                query_nHh, key_nKGh = _gathered(query_PHh, place_N[part]), _gathered(key_PGh, place_nK)
-                own_nHK, other_nHK = _logs(query_nHh, key_nKGh, teacher_NHK[part], exists_nK, scaling)
-                ratio_nHK = (other_nHK - own_nHK).masked_fill_(other_nHK == -torch.inf, 0)  # 0 log 0 = 0
-                loss = loss + (weights_N[part] * (other_nHK.exp() * ratio_nHK).sum(-1).mean(-1)).sum()
+                found = _gather(query_PHh, key_PGh, place_N[part], position_N[part], keys, window)
+                own_GngK, other_GngK = _logs(found, teacher_NHK[part], scaling)
+                cost_GngK = torch.where(other_GngK == -torch.inf, 0, other_GngK.exp() * (other_GngK - own_GngK))
+                cost_n = cost_GngK.sum((0, 2, 3)) / query_PHh.shape[1]
+                loss = loss + (weights_N[part] * cost_n).sum()
         return loss
 
     @staticmethod
@@ -128,34 +143,32 @@ class _MapTerm(torch.autograd.Function):
         grad_query_PHh = torch.zeros_like(query_PHh) if wants_query else None
         # A key serves many queries, so its gradient is a long sum and is rounded once.
         exact = torch.promote_types(key_PGh.dtype, torch.float32)
-        grad_key_PGh = torch.zeros_like(key_PGh, dtype=exact) if wants_key else None
+        grad_key_PGh = torch.zeros(key_PGh.shape, dtype=exact, device=key_PGh.device) if wants_key else None
         with torch.autocast(query_PHh.device.type, enabled=False):
             for part in _slices(query_PHh, key_PGh, len(place_N), keys):
-                place_nK, exists_nK = key_places(place_N[part], position_N[part], keys, window)
-                query_nHh, key_nKGh = _gathered(query_PHh, place_N[part]), _gathered(key_PGh, place_nK)
-                own_nHK, other_nHK = _logs(query_nHh, key_nKGh, teacher_NHK[part], exists_nK, scaling)
-                share_n = grad * weights_N[part].to(own_nHK.dtype) * (scaling / query_nHh.shape[1])
-                slope_nHK = own_nHK.exp_().sub_(other_nHK.exp_()).mul_(share_n[:, None, None])
-                slope_nGgK = slope_nHK.unflatten(1, (key_nKGh.shape[2], -1))
+                found = _gather(query_PHh, key_PGh, place_N[part], position_N[part], keys, window)
+                own_GngK, other_GngK = _logs(found, teacher_NHK[part], scaling)
+                share_n11 = (grad * weights_N[part] * (scaling / query_PHh.shape[1])).to(own_GngK.dtype)[:, None, None]
+                slope_GngK = own_GngK.exp_().sub_(other_GngK.exp_()).mul_(share_n11)
                 if grad_query_PHh is not None:
-                    grad_nHh = torch.einsum("nGgK,nKGh->nGgh", slope_nGgK, key_nKGh).flatten(1, 2)
+                    grad_nHh = torch.matmul(slope_GngK, found.key_GnKh).transpose(0, 1).flatten(1, 2)
                     grad_query_PHh.index_add_(0, place_N[part], grad_nHh.to(query_PHh.dtype))
                 if grad_key_PGh is not None:
-                    grouped_nGgh = query_nHh.unflatten(1, (key_nKGh.shape[2], -1))
-                    grad_nKGh = torch.einsum("nGgK,nGgh->nKGh", slope_nGgK, grouped_nGgh)
-                    grad_key_PGh.index_add_(0, place_nK.flatten(), grad_nKGh.flatten(0, 1).to(exact))
+                    grad_GnKh = torch.matmul(slope_GngK.mT, found.query_Gngh)
+                    rows = found.key_rows_GnK.flatten()
+                    grad_key_PGh.view(-1, key_PGh.shape[2]).index_add_(0, rows, grad_GnKh.flatten(0, 2).to(exact))
         grad_key = None if grad_key_PGh is None else grad_key_PGh.to(key_PGh.dtype)
         return grad_query_PHh, grad_key, *(None,) * 7
 
 
-def _logs(
-    query_nHh: Tensor, key_nKGh: Tensor, teacher_nHK: Tensor, exists_nK: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of both sides over the keys that both have, each summing to 1 whatever was rounded."""
-    scores_nHK = _scores(query_nHh, key_nKGh, scaling)
-    other_nHK = teacher_nHK.to(scores_nHK.device, scores_nHK.dtype, non_blocking=True)
-    lacking_nHK = ~exists_nK.unsqueeze(1) | (other_nHK == -torch.inf)
-    return tuple(x.masked_fill(lacking_nHK, -torch.inf).log_softmax(-1) for x in (scores_nHK, other_nHK))  # type: ignore
+def _logs(found: _Gathered, teacher_nHK: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of both sides ``[G, n, g, K]`` over the keys that both have; each sums to 1 whatever was rounded."""
+    scores_GngK = found.scores(scaling)
+    other_nHK = teacher_nHK.to(scores_GngK.device, scores_GngK.dtype, non_blocking=True)
+    other_GngK = other_nHK.unflatten(1, (scores_GngK.shape[0], -1)).transpose(0, 1)
+    lacking_GngK = ~found.exists_nK.unsqueeze(1) | (other_GngK == -torch.inf)
+    own_GngK = scores_GngK.masked_fill_(lacking_GngK, -torch.inf).log_softmax(-1)
+    return own_GngK, other_GngK.masked_fill(lacking_GngK, -torch.inf).log_softmax(-1)
 
 
 def attention_map_loss(

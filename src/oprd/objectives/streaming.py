@@ -9,7 +9,7 @@ Shapes: M places of a layer, N supervised ones, n of a slice, d width, r width o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class Since:
     project: Project | None = None
 
 
-class _Sides(NamedTuple):
+class _Side(NamedTuple):
     """How one of two states is found and what it is compared with."""
 
     states_Md: Tensor
@@ -125,8 +125,8 @@ class _StateTerm(torch.autograd.Function):
         return tuple(gradients)
 
 
-def _sides(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[_Sides]:
-    return [_Sides(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
+def _sides(tensors: Sequence[Tensor]) -> list[_Side]:
+    return [_Side(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
 
 
 def _compared(parts: tuple[Tensor, ...], projects: tuple[Project | None, ...] = (None, None)) -> Tensor:
