@@ -21,8 +21,9 @@ def setting(n=N, *, states=torch.float32, targets=torch.float32, projected=False
 
 def plain(states_Md, place_N, target_Nr, weights_N, kind, project):
     own_Nr = states_Md[place_N] if project is None else project(states_Md[place_N])
-    cosine = cosine_similarity(own_Nr, target_Nr).sum()
-    return (weights_N * representation_distance(own_Nr, target_Nr, kind)).sum(), cosine
+    distance_N = representation_distance(own_Nr, target_Nr, kind)
+    cosine, power = cosine_similarity(own_Nr, target_Nr).sum(), target_Nr.float().pow(2).mean(1).sum()
+    return (weights_N * distance_N).sum(), cosine, distance_N.detach().float().sum(), power
 
 
 @pytest.fixture(params=[1, 3, 1000], ids=lambda rows: f"slices of {rows}")
@@ -35,11 +36,11 @@ def sliced(request, monkeypatch):
 @pytest.mark.parametrize("kind", REPRESENTATION_KINDS)
 def test_equals_plain_autograd(sliced, kind, projected, targets):
     *given, project = setting(targets=targets, projected=projected)
-    term, cosine = state_term(*given, kind, project)
-    slow, slow_cosine = plain(*given, kind, project)
+    term, *sums = state_term(*given, kind, project)
+    slow, *slow_sums = plain(*given, kind, project)
     torch.testing.assert_close(term, slow)
-    torch.testing.assert_close(cosine, slow_cosine)
-    assert not cosine.requires_grad
+    torch.testing.assert_close(sums, slow_sums)
+    assert not any(x.requires_grad for x in sums)
     ours, twin = (torch.autograd.grad(3 * x, given[0])[0] for x in (term, slow))
     torch.testing.assert_close(ours, twin)
     assert ours.abs().max() > 0
@@ -53,8 +54,8 @@ def test_half_precision_states_get_the_gradient_that_autograd_rounds_once(sliced
     """The factor of the loss comes before the rounding: a loss scale must lift a gradient over float16's floor."""
     states_Md, place_N, target_Nr, weights_N, _ = setting(states=dtype, targets=dtype)
     weights_N = weights_N * 1e-8
-    term, _ = state_term(states_Md, place_N, target_Nr, weights_N)
-    slow, _ = plain(states_Md, place_N, target_Nr, weights_N, "mse", None)
+    term, *_ = state_term(states_Md, place_N, target_Nr, weights_N)
+    slow, *_ = plain(states_Md, place_N, target_Nr, weights_N, "mse", None)
     assert term.dtype == torch.float32
     torch.testing.assert_close(term, slow)
     ours, twin = (torch.autograd.grad(scale * x, states_Md)[0] for x in (term, slow))
@@ -68,8 +69,8 @@ def test_half_precision_states_get_the_gradient_that_autograd_rounds_once(sliced
 @pytest.mark.parametrize("kind", REPRESENTATION_KINDS)
 def test_without_positions_it_is_zero_with_a_live_graph(kind, projected):
     *given, project = setting(0, projected=projected)
-    term, cosine = state_term(*given, kind, project)
-    assert term.item() == cosine.item() == 0
+    term, *sums = state_term(*given, kind, project)
+    assert [x.item() for x in (term, *sums)] == [0, 0, 0, 0]
     (gradient,) = torch.autograd.grad(term, given[0])
     assert gradient.eq(0).all()
 
@@ -97,8 +98,8 @@ def test_nothing_of_the_size_of_the_targets_is_kept():
 
 def test_a_backward_under_autocast_is_as_exact_as_the_forward():
     *given, project = setting(projected=True)
-    term, _ = state_term(*given, "mse", project)
-    slow, _ = plain(*given, "mse", project)
+    term, *_ = state_term(*given, "mse", project)
+    slow, *_ = plain(*given, "mse", project)
     with torch.autocast("cpu", torch.bfloat16):
         (ours,) = torch.autograd.grad(term, given[0], retain_graph=True)
     torch.testing.assert_close(ours, torch.autograd.grad(slow, given[0])[0])
@@ -107,6 +108,6 @@ def test_a_backward_under_autocast_is_as_exact_as_the_forward():
 def test_a_term_that_is_not_used_costs_no_backward():
     *given, _ = setting()
     states_Md = given[0]
-    term, cosine = state_term(*given)
-    (gradient,) = torch.autograd.grad(states_Md.sum() + 0 * cosine + 0 * term.detach(), states_Md)
+    term, *sums = state_term(*given)
+    (gradient,) = torch.autograd.grad(states_Md.sum() + 0 * sum(sums) + 0 * term.detach(), states_Md)
     assert gradient.eq(1).all()

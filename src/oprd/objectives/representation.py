@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oprd.objectives.reduction import reduce_positions
+from oprd.objectives.transition import transition_loss
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -59,15 +60,22 @@ def representation_loss(
     kind: str = "mse",
     reduction: str = "sequence",
     layer_weights: Sequence[float] | Tensor | None = None,
+    transition_over: str | None = None,
 ) -> Tensor:
     """Eq. 6: mean over sequences of the mean over layers and supervised positions of the distance.
+
+    ``transition`` compares changes instead of points (arXiv 2606.29340): ``1 - cos`` of the differences between
+    neighbouring supervised positions of a row, or between neighbouring layers of those given. A row with one position
+    has no change over positions and weighs nothing.
 
     Args:
         student, teacher: ``[L, B, T, d]``; only the student gets gradients.
         mask: bool ``[B, T]``, the supervised positions. States elsewhere are never read.
-        kind: ``mse``, ``normalized_mse`` or ``cosine``.
-        reduction: ``sequence`` (Eq. 6) or ``token`` (one mean over all positions).
-        layer_weights: ``[L]``, relative weights; the layers' mean becomes ``sum w_l loss_l / sum w_l``.
+        kind: ``mse``, ``normalized_mse``, ``cosine`` or ``transition``.
+        reduction: ``sequence`` (Eq. 6) or ``token`` (one mean over all positions, or over all changes).
+        layer_weights: ``[L]``, relative weights; the layers' mean becomes ``sum w_l loss_l / sum w_l``. A change between
+            layers has the upper one's.
+        transition_over: ``positions`` (the default), ``layers`` or ``both`` (their mean); for ``transition`` only.
 
     Returns:
         A scalar, float32 or wider; 0 with a live graph when nothing is supervised.
@@ -79,6 +87,10 @@ def representation_loss(
     weights = torch.ones(num_layers) if layer_weights is None else torch.as_tensor(layer_weights, dtype=torch.float32)
     if weights.shape != (num_layers,) or (weights < 0).any() or not weights.sum() > 0:
         raise ValueError(f"layer_weights must be {num_layers} non-negative numbers with a positive sum.")
+    if kind == "transition":
+        return transition_loss(student, teacher, mask, weights, reduction, transition_over or "positions")
+    if transition_over is not None:
+        raise ValueError(f"transition_over is for kind='transition', and kind is {kind!r}: leave it out.")
     weights = weights / weights.sum()
     per_layer = [
         reduce_positions(representation_distance(student[layer][mask], teacher[layer][mask], kind), mask, reduction)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 LAYER_SPECS = ("all", "last", "even", "odd")
-POSITION_SPECS = ("all", "last", "first_k", "last_k")
+POSITION_SPECS = ("all", "last", "first_k", "last_k", "random_k")
 
 
 def select_layers(spec: str | int | Sequence[int], num_layers: int) -> list[int]:
@@ -40,22 +41,38 @@ def select_layers(spec: str | int | Sequence[int], num_layers: int) -> list[int]
     return chosen
 
 
-def select_positions(mask: Tensor, spec: str, k: int | None = None) -> Tensor:
+def select_positions(
+    mask: Tensor, spec: str, k: int | None = None, *, generator: torch.Generator | None = None
+) -> Tensor:
     """Keep the positions that ``spec`` names among those already in ``mask``: bool ``[B, T]`` -> bool ``[B, T]``.
 
-    ``all``, ``last`` (the last one), ``first_k`` or ``last_k``. Counts masked-in positions, not columns, so padding side
-    and holes (tool results) do not matter. A row with fewer than ``k`` keeps all of its own.
+    ``all``, ``last`` (the last one), ``first_k``, ``last_k`` or ``random_k`` (k of each row, any of them equally likely;
+    another draw with every call). Counts masked-in positions, not columns, so padding side and holes (tool results) do
+    not matter. A row with fewer than ``k`` keeps all of its own.
+
+    Args:
+        generator: what ``random_k`` draws from, on any device; torch's own on the mask's by default.
 
     Raises:
-        ValueError: unknown ``spec``; ``first_k`` or ``last_k`` without a positive ``k``.
+        ValueError: unknown ``spec``; ``first_k``, ``last_k`` or ``random_k`` without a positive ``k``; a ``generator`` for
+            what is not random.
     """
     if spec not in POSITION_SPECS:
         raise ValueError(f"positions must be one of {', '.join(POSITION_SPECS)}, got {spec!r}.")
-    if spec in ("first_k", "last_k") and (k is None or k < 1):
+    if spec in ("first_k", "last_k", "random_k") and (k is None or k < 1):
         raise ValueError(f"positions={spec!r} needs a positive position_k, got {k!r}.")
+    if generator is not None and spec != "random_k":
+        raise ValueError(f"positions={spec!r} draws nothing: leave the generator out.")
     mask = mask.bool()
     if spec == "all":
         return mask
+    if spec == "random_k":
+        device = mask.device if generator is None else generator.device
+        draw = torch.rand(mask.shape, generator=generator, device=device).to(mask.device).masked_fill(~mask, -1)
+        rank = draw.argsort(dim=1, descending=True).argsort(
+            dim=1
+        )  # 0 for a row's largest; what is masked out comes last
+        return mask & (rank < k)
     ordinal = mask.cumsum(dim=1)  # 1 for a row's first masked-in position
     if spec == "first_k":
         return mask & (ordinal <= k)

@@ -2,6 +2,7 @@
 
 from oprd.states.alignment import align_ends
 from oprd.states.attention import check_packed_attention, use_packed_attention
+from oprd.states.attention_maps import AttentionObserver, check_observed_attention, use_observed_attention
 from oprd.states.capture import read_one_token, visit_states
 from oprd.states.crossing import Crossing
 from oprd.states.packing import deal, fill, only, pack, pack_all, shared
@@ -12,6 +13,7 @@ from oprd.states.views import PositionPairs, Reading, Rollout, TeacherText, make
 from oprd.states.vocabulary import Vocabulary, token_byte_ends, vocabulary_of
 
 __all__ = [
+    "AttentionObserver",
     "Crossing",
     "PositionPairs",
     "PrefixIndex",
@@ -25,6 +27,7 @@ __all__ = [
     "align_ends",
     "answer",
     "autocast_dtype",
+    "check_observed_attention",
     "check_packed_attention",
     "deal",
     "fill",
@@ -36,6 +39,7 @@ __all__ = [
     "shared",
     "tile_mlps",
     "token_byte_ends",
+    "use_observed_attention",
     "use_packed_attention",
     "visit_states",
     "vocabulary_of",

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from oprd.models import backbone_of, causal_lm, text_config
 
 PACKED = "oprd_packed"
+OBSERVED = "oprd_observed"  # the same, with an observer: see attention_maps
 ARGUMENT = "oprd_packing"
 KeysAndValues = tuple[list[Tensor], list[Tensor]]  # one [1, G, length, h] per document
 
@@ -67,10 +68,7 @@ def packed_attention_forward(
     lacking = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if lacking:
         raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)} in its attention. {REMEDY}")
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # it casts for sdpa only; rotary embeddings leave queries and keys in float32
-        half = torch.get_autocast_dtype(device)
-        query, key, value = (x.to(half) if x.dtype == torch.float32 else x for x in (query, key, value))
+    query, key, value = as_autocast(query, key, value)
     keys, values = (list(x.split(packing.lengths, dim=2)) for x in (key, value))
     if packing.writes is not None:
         if module.layer_idx in packing.writes:
@@ -89,6 +87,15 @@ def packed_attention_forward(
         for q, k, v in zip(query.split(packing.lengths, dim=2), keys, values, strict=True)
     ]
     return torch.cat(output, dim=1), None  # one copy, in the order of tokens
+
+
+def as_autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype if that is on: it casts for sdpa only, and rotary embeddings leave queries and keys in float32."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return states
+    half = torch.get_autocast_dtype(device)
+    return tuple(x.to(half) if x.dtype == torch.float32 else x for x in states)
 
 
 REMEDY = "Unset max_tokens_per_microbatch and set gradient_scope: full for this model."
@@ -182,19 +189,24 @@ def use_packed_attention(model: nn.Module) -> None:
     """
     lm, config = causal_lm(model), text_config(model)
     name = type(lm).__name__
-    if config._attn_implementation == PACKED:
+    if config._attn_implementation in (PACKED, OBSERVED):
         return
     if config._attn_implementation != "sdpa":
         raise ValueError(
             f"Packed rows need attn_implementation: sdpa, and {name} has {config._attn_implementation!r}. Set "
             "model_init_kwargs and teacher_model_init_kwargs: {attn_implementation: sdpa}. Or: " + REMEDY
         )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or not getattr(lm, "_supports_attention_backend", False):
-        raise ValueError(
-            f"{name} cannot read packed rows ({', '.join(sorted(kinds)) or 'its own attention'}). {REMEDY}"
-        )
+    if other := other_attention(model):
+        raise ValueError(f"{name} cannot read packed rows ({other}). {REMEDY}")
     config._attn_implementation = PACKED
+
+
+def other_attention(model: nn.Module) -> str:
+    """What a model attends with that does not go through ``AttentionInterface``; nothing if all does."""
+    kinds = set(getattr(text_config(model), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(causal_lm(model), "_supports_attention_backend", False):
+        return ", ".join(sorted(kinds))
+    return "its own attention"
 
 
 @torch.no_grad()

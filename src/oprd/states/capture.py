@@ -8,7 +8,7 @@ after the forward would each make a full-length zero-padded gradient before the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from oprd.models import backbone_of, decoder_layers
 from oprd.states.attention import ARGUMENT, Packing, no_mask
+from oprd.states.attention_maps import AttentionObserver
 from oprd.states.views import Reading
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ def visit_states(
     *,
     prefix: Reading | None = None,
     top_layer: int | None = None,
+    attend: AttentionObserver | None = None,
 ) -> tuple[Tensor, dict[int, T]]:
     """Run the backbone once; call ``visit(layer, states [B, S, d])`` for each of ``layers``, ascending.
 
@@ -41,28 +43,33 @@ def visit_states(
         prefix: what was read of a packed ``reading``'s documents before it; runs first, without gradient, and its keys
             and values are constants.
         top_layer: blocks above it do not run; all do by default.
+        attend: sees the queries and keys of its layers in this forward, and keeps what its own visitor makes of them. The
+            model has been given `use_observed_attention`.
 
     Returns:
         The last hidden states ``[B, S, d]`` (after the final norm; of no meaning if blocks were left out) and the
         visitor's result per layer.
 
     Raises:
-        ValueError: a layer outside ``1..L``, or above ``top_layer``.
+        ValueError: a layer outside ``1..L``, or above ``top_layer``; attention that is asked for and not shown; keys before
+            a ``prefix``'s end, which an observer would not see.
     """
     backbone = backbone_of(model)
     blocks = decoder_layers(backbone)
     depth = len(blocks)
     top_layer = depth if top_layer is None else top_layer
-    outside = [layer for layer in layers if not 1 <= layer <= top_layer]
+    outside = [layer for layer in (*layers, *(attend.layers if attend else ())) if not 1 <= layer <= top_layer]
     if outside:
         raise ValueError(f"layers {outside} are outside 1..{top_layer}.")
+    if attend is not None and prefix is not None:
+        raise ValueError("Attention maps need the keys of whole documents. Set gradient_scope: full.")
     results: dict[int, T] = {}
     memory: dict[int, Any] | None = None
     with _up_to(backbone, blocks, top_layer):
         if prefix is not None:
             memory = {}
             with torch.no_grad():
-                _read(backbone, prefix, writes=memory)
+                _read(backbone, prefix, {}, writes=memory)
 
         def hook_for(layer: int):
             def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
@@ -72,7 +79,8 @@ def visit_states(
 
         handles = [blocks[layer - 1].register_forward_hook(hook_for(layer)) for layer in layers if layer < depth]
         try:
-            last_BSd = _read(backbone, reading, reads=memory)
+            with nullcontext({}) if attend is None else attend.during_forward_of(model) as arguments:
+                last_BSd = _read(backbone, reading, arguments, reads=memory)
         finally:
             for handle in handles:
                 handle.remove()
@@ -88,12 +96,12 @@ def read_one_token(model: nn.Module, reading: Reading, top_layer: int) -> None:
     visit_states(model, first, (), lambda *_: None, top_layer=top_layer)
 
 
-def _read(backbone: nn.Module, reading: Reading, **memory: dict[int, Any] | None) -> Tensor:
+def _read(backbone: nn.Module, reading: Reading, arguments: dict[str, Any], **memory: dict[int, Any] | None) -> Tensor:
     """Last hidden states ``[B, S, d]`` of one reading."""
     if not reading.is_packed:
-        arguments = {"attention_mask": reading.mask_BS.long()}
+        arguments = arguments | {"attention_mask": reading.mask_BS.long()}
     else:
-        arguments = {
+        arguments = arguments | {
             "attention_mask": no_mask(reading.ids_BS.device),
             "position_ids": reading.positions_BS,
             ARGUMENT: Packing(reading.lengths, **memory),

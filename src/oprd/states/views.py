@@ -35,6 +35,19 @@ class Reading:
     def is_packed(self) -> bool:
         return self.lengths is not None
 
+    def document_of(self, place_N: Tensor) -> Tensor:
+        """The document of each place ``row * S + column``, ``[N]``: its row or, packed, the number of its document."""
+        if self.lengths is None:
+            return place_N // self.ids_BS.shape[1]
+        ends = torch.tensor(self.lengths, device=place_N.device).cumsum(0)
+        return torch.searchsorted(ends, place_N, right=True)
+
+    def position_of(self, place_N: Tensor) -> Tensor:
+        """How many tokens of its document are before each place ``row * S + column``, ``[N]``."""
+        if self.positions_BS is None:
+            return place_N % self.ids_BS.shape[1]
+        return self.positions_BS.flatten()[place_N]
+
 
 @dataclass(frozen=True)
 class PositionPairs:
