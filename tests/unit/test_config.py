@@ -25,6 +25,11 @@ def test_defaults(make):
     assert own == {
         "representation_weight": 1.0,
         "representation_loss": None,  # mse, and normalized_mse through a bridge
+        "transition_over": "positions",
+        "layer_weighting": "uniform",
+        "attention_weight": 0.0,
+        "attention_layers": "last",
+        "attention_keys": 64,
         "bridge": None,
         "min_paired_share": 0.2,
         "trainable": "all",
@@ -74,6 +79,7 @@ def test_bf16_is_not_chosen_for_the_cpu_whatever_the_machine_has(make, monkeypat
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(make, name):
     needed = {"output_loss": "top_k"} if name.startswith(("top_k", "trainable")) else {}
+    needed |= {"representation_loss": "transition"} if name == "transition_over" else {}
     needed |= {"teacher_prompt_template": "{prompt}"} if name == "teacher_model_kind" else {}
     for allowed in CHOICES[name]:
         assert getattr(make(**{name: allowed, **needed}), name) == allowed
@@ -176,12 +182,21 @@ def test_the_objective_carries_every_setting(make):
         "top_k_renormalize": False,
         "temperature": 0.75,
         "offload_targets": True,
+        "positions": "adaptive",
+        "layer_weighting": "adaptive",
+        "attention_weight": 0.5,
+        "attention_keys": 9,
     }
     defaults = {field.name: field.default for field in fields(Objective)}
     assert all(value != defaults[name] for name, value in chosen.items())
-    objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99, head_adopted=True)
-    assert objective == Objective(layers=(1, 3), num_layers=4, vocab_size=99, **chosen)
-    assert {name for name in HELP if name in defaults} - {"layers", "bridge"} <= set(chosen)
+    shapes = {"num_layers": 4, "vocab_size": 99}
+    settings = make(layers="all", attention_layers="2,-1", **chosen)
+    objective = settings.objective(layers=[1, 3], head_adopted=True, **shapes)
+    assert objective == Objective(layers=(1, 3), attention_layers=(2, 4), **shapes, **chosen)
+    settings = make(representation_loss="transition", transition_over="both")
+    assert settings.objective(layers=[1], head_adopted=True, **shapes).transition_over == "both"
+    elsewhere = {"layers", "bridge", "attention_layers", "transition_over"}
+    assert {name for name in HELP if name in defaults} - elsewhere <= set(chosen)
 
 
 def test_an_open_distance_is_settled_by_the_bridge(make):

@@ -29,14 +29,16 @@ def test_every_setting_of_a_fit_and_of_the_data_is_explained():
 
 
 def test_choices_agree_with_the_functions_that_take_them():
-    from oprd.objectives import REPRESENTATION_KINDS
+    from oprd.objectives import LAYER_WEIGHTINGS, REPRESENTATION_KINDS, TRANSITION_OVER
     from oprd.objectives.output_space import TOP_K_SUPPORTS
     from oprd.objectives.reduction import REDUCTIONS
     from oprd.objectives.selection import POSITION_SPECS
     from oprd.states.views import STATE_AT
 
-    assert CHOICES["representation_loss"] == tuple(REPRESENTATION_KINDS)
+    assert CHOICES["representation_loss"] == (*REPRESENTATION_KINDS, "transition")
+    assert CHOICES["transition_over"] == TRANSITION_OVER
+    assert CHOICES["layer_weighting"] == LAYER_WEIGHTINGS
     assert CHOICES["top_k_support"] == TOP_K_SUPPORTS
     assert CHOICES["reduction"] == REDUCTIONS
-    assert CHOICES["positions"] == POSITION_SPECS
+    assert CHOICES["positions"] == (*POSITION_SPECS, "adaptive")
     assert CHOICES["state_at"] == STATE_AT

@@ -101,7 +101,7 @@ def setup_of(
         teacher,
         rows,
         positions=args.positions,
-        position_k=args.position_k if args.positions in ("first_k", "last_k") else None,
+        position_k=args.position_k if args.positions in ("first_k", "last_k", "random_k") else None,
         state_at=args.state_at,
         gradient_scope=args.gradient_scope,
         is_packed=args.is_packed,

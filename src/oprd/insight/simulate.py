@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from oprd import models
 from oprd.insight.live_bytes import LiveBytes
-from oprd.objectives import map_layers, position_weights, projection, select_positions
+from oprd.objectives import map_layers, position_weights, projection, select_positions, with_previous
 from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
 from oprd.training.lessons import student_loss
 from oprd.training.objective import Objective, teacher_states
@@ -90,7 +90,8 @@ def layout(shapes: Shapes, objective: Objective, device: str = "cpu") -> Rollout
         torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
         for lengths in (prompts, responses)
     )
-    supervised = select_positions(completion_mask, shapes.positions, shapes.position_k)
+    positions = "all" if shapes.positions == "adaptive" else shapes.positions
+    supervised = select_positions(completion_mask, positions, shapes.position_k)
     rollout = make_rollout(
         torch.zeros_like(prompt_mask, dtype=torch.long),
         prompt_mask,
@@ -98,6 +99,9 @@ def layout(shapes: Shapes, objective: Objective, device: str = "cpu") -> Rollout
         completion_mask,
         state_weights_BC=position_weights(supervised),
         output_weights_BC=position_weights(completion_mask),
+        transition_weights_BC=position_weights(with_previous(supervised))
+        if objective.needs_transition_weights
+        else None,
         state_at=shapes.state_at,
     )
     rollout = only(rollout, states=objective.uses_states, outputs=objective.uses_output)

@@ -7,12 +7,13 @@ from oprd.states.capture import read_one_token, visit_states
 from oprd.states.crossing import Crossing
 from oprd.states.packing import deal, fill, only, pack, pack_all, shared
 from oprd.states.prefixes import PrefixIndex
-from oprd.states.questions import Question, TeacherElsewhere, TeacherStates, answer, autocast_dtype
+from oprd.states.questions import Attending, Question, TeacherElsewhere, TeacherStates, answer, autocast_dtype
 from oprd.states.tiling import tile_mlps
 from oprd.states.views import PositionPairs, Reading, Rollout, TeacherText, make_rollout
 from oprd.states.vocabulary import Vocabulary, token_byte_ends, vocabulary_of
 
 __all__ = [
+    "Attending",
     "AttentionObserver",
     "Crossing",
     "PositionPairs",

@@ -21,6 +21,7 @@ def only(rollout: Rollout, *, states: bool, outputs: bool) -> Rollout:
     changes: dict[str, object] = {}
     if not states:
         changes |= {"state_pairs": PositionPairs(none, none, none), "state_weights_N": rollout.state_weights_N[:0]}
+        changes |= {"transition_weights_N": None}
     if not outputs:
         changes |= {"output_pairs": PositionPairs(none, none, none), "output_weights_N": rollout.output_weights_N[:0]}
         changes |= {"output_tokens_N": none, "prefix": None}

@@ -8,11 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from oprd.objectives import teacher_maps
+from oprd.states.attention_maps import AttentionObserver
 from oprd.states.capture import visit_states
 from oprd.states.views import Reading
 
@@ -26,6 +29,14 @@ class Projects(Protocol):
 
 
 @dataclass(frozen=True)
+class Attending:
+    """Of which layers attention maps are kept, at the places of states, on how many keys."""
+
+    layers: tuple[int, ...]
+    keys: int
+
+
+@dataclass(frozen=True)
 class Question:
     """What to read, and which states to keep of it.
 
@@ -35,6 +46,7 @@ class Question:
         through: what each student layer's partner is projected by; None for the states themselves.
         last_at_states: whether the last states are kept at ``state_places_N`` too.
         output_places_N, chain_places_E: where else the last states are kept, if anywhere.
+        attention: which attention maps are kept, if any.
         dtype: autocast's, which the layers' states are given in; None where autocast is off.
     """
 
@@ -45,6 +57,7 @@ class Question:
     last_at_states: bool = False
     output_places_N: Tensor | None = None
     chain_places_E: Tensor | None = None
+    attention: Attending | None = None
     dtype: torch.dtype | None = None
 
     @property
@@ -56,12 +69,14 @@ class Question:
 @dataclass(frozen=True)
 class TeacherStates:
     """The teacher's states at the pairs, and nothing else: per student layer ``[N, d]`` (``[N, r]`` through a bridge), the
-    last layer for the head, and the last layer along sampled tokens that take several teacher tokens."""
+    last layer for the head, the last layer along sampled tokens that take several teacher tokens, and attention maps as
+    log-probabilities ``[N, H, keys + 1]``."""
 
     layers: dict[int, Tensor]
     at_states: Tensor | None
     at_outputs: Tensor | None
     at_chains: Tensor | None = None
+    maps: dict[int, Tensor] = field(default_factory=dict)
 
 
 class TeacherElsewhere(nn.Module, ABC):
@@ -111,6 +126,10 @@ def answer(teacher: nn.Module, question: Question, *, on_cpu: bool = False) -> T
     """
     device = question.reading.ids_BS.device
     if isinstance(teacher, TeacherElsewhere):
+        if question.attention is not None:
+            raise ValueError(
+                "A teacher elsewhere gives no attention maps. Set attention_weight: 0, or load the teacher here."
+            )
         found = teacher.answer(question)
         rest = (found.at_states, found.at_outputs, found.at_chains)
         layers = {layer: _arrived(states, device, on_cpu) for layer, states in found.layers.items()}
@@ -128,14 +147,26 @@ def answer(teacher: nn.Module, question: Question, *, on_cpu: bool = False) -> T
             # what is left between student and teacher.
             kept[layer] = _held(target_Nr if question.dtype is None else target_Nr.to(question.dtype), on_cpu)
 
-    top_layer = None if question.needs_last else max(readers)
-    last_BSd, _ = visit_states(teacher, question.reading, sorted(readers), visit, top_layer=top_layer)
+    observer = (
+        None if question.attention is None else AttentionObserver(question.attention.layers, partial(_maps, question))
+    )
+    top_layer = None if question.needs_last else max((*readers, *(observer.layers if observer else ())))
+    last_BSd, _ = visit_states(teacher, question.reading, sorted(readers), visit, top_layer=top_layer, attend=observer)
     places = (
         question.state_places_N if question.last_at_states else None,
         question.output_places_N,
         question.chain_places_E,
     )
-    return TeacherStates(kept, *(None if place is None else _at(last_BSd, place) for place in places))
+    rest = (None if place is None else _at(last_BSd, place) for place in places)
+    return TeacherStates(kept, *rest, {} if observer is None else observer.results)
+
+
+def _maps(
+    question: Question, layer: int, query_PHh: Tensor, key_PGh: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    place_N = question.state_places_N
+    position_N = question.reading.position_of(place_N)
+    return teacher_maps(query_PHh, key_PGh, place_N, position_N, question.attention.keys, scaling, window)
 
 
 def _at(states_BSd: Tensor, places_N: Tensor) -> Tensor:

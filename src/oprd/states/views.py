@@ -113,7 +113,8 @@ class Rollout:
     """One micro-batch, ready for both models.
 
     ``state_*`` are the positions whose hidden states are compared, ``output_*`` those whose next-token distributions
-    are. Weights already hold every denominator. ``prefix`` is there if the tokenizers differ, ``student_prefix`` if the
+    are. Weights already hold every denominator. ``transition_weights_N`` are those of the changes that lead to a state pair from
+    the one before it in its response, 0 for a first one. ``prefix`` is there if the tokenizers differ, ``student_prefix`` if the
     student reads the start of its documents apart, without gradient.
     """
 
@@ -126,6 +127,7 @@ class Rollout:
     output_tokens_N: Tensor
     prefix: PrefixRows | None = None
     student_prefix: Reading | None = None
+    transition_weights_N: Tensor | None = None
 
 
 def close_gaps(ids_BS: Tensor, mask_BS: Tensor) -> Reading:
@@ -143,6 +145,7 @@ def make_rollout(
     *,
     state_weights_BC: Tensor,
     output_weights_BC: Tensor,
+    transition_weights_BC: Tensor | None = None,
     state_at: str = "predictive",
     teacher_text: TeacherText | None = None,
     prefix_table: Callable[[Tensor], tuple[PrefixTable, Tensor]] | None = None,
@@ -152,6 +155,7 @@ def make_rollout(
     Args:
         prompt_ids_BP, completion_ids_BC: padded on any side; the masks say what is real.
         state_weights_BC, output_weights_BC: weight per response token, 0 where it is not supervised.
+        transition_weights_BC: of the change that leads to a supervised state, if changes are compared.
         state_at: ``predictive`` compares the state that predicts y_t (the input position before it, the last prompt token
             for t = 1); ``token`` the state at y_t itself. Distributions are always the predictive ones.
         teacher_text: what the teacher reads; None if it reads the student's tokens, so that a position pairs with itself.
@@ -196,6 +200,9 @@ def make_rollout(
         output_weights_N=output_weights_BC[output_pairs.row_N, output_t_N],
         output_tokens_N=completion_ids_BC[output_pairs.row_N, output_t_N],
         prefix=prefix,
+        transition_weights_N=None
+        if transition_weights_BC is None
+        else transition_weights_BC[state_pairs.row_N, state_t_N],
     )
 
 

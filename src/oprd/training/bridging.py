@@ -88,7 +88,8 @@ def rollout_settings(args: OPRDConfig) -> OPRDConfig:
     args = copy.copy(args)
     args.bridge, args.positions, args.lm_head, args.logit_weight = None, "all", "keep", 0.0
     args.representation_weight = args.representation_weight or 1.0  # so that too few pairs are refused
-    args.eval_strategy, args.trainable = "no", "all"
+    args.eval_strategy, args.trainable, args.attention_weight = "no", "all", 0.0
+    args.layer_weighting, args.representation_loss = "uniform", None
     # Rows stay with the process whose prompts they answer, and both models are read outside of a training step.
     args.max_tokens_per_microbatch, args.gradient_scope, args.offload_teacher = None, "full", False
     return args

@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig
 
 from oprd.bridge import Bridge
+from oprd.objectives import select_layers
 from oprd.serving.client import check_url
 from oprd.training.objective import Objective
 from oprd.training.options import CHOICES, HELP, MAY_BE_OPEN
@@ -42,6 +43,11 @@ class OPRDConfig(DistillationConfig):
 
     representation_weight: float = _option("representation_weight", 1.0)
     representation_loss: str | None = _option("representation_loss", None)
+    transition_over: str = _option("transition_over", "positions")
+    layer_weighting: str = _option("layer_weighting", "uniform")
+    attention_weight: float = _option("attention_weight", 0.0)
+    attention_layers: str = _option("attention_layers", "last")
+    attention_keys: int = _option("attention_keys", 64)
     bridge: str | None = _option("bridge", None)
     min_paired_share: float = _option("min_paired_share", 0.2)
     layers: str = _option("layers", "all")
@@ -85,7 +91,7 @@ class OPRDConfig(DistillationConfig):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # what no loss reaches is frozen, so nothing is left to look for
         super().__post_init__()
-        self.layers = parse_layers(self.layers)
+        self.layers, self.attention_layers = parse_layers(self.layers), parse_layers(self.attention_layers)
         self._check_choices()
         self._check_objective()
         self._check_teacher()
@@ -96,13 +102,14 @@ class OPRDConfig(DistillationConfig):
             is_open = name in MAY_BE_OPEN and getattr(self, name) is None
             if getattr(self, name) not in allowed and not is_open:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("representation_weight", "logit_weight", "output_weight"):
+        for name in ("representation_weight", "logit_weight", "output_weight", "attention_weight"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")
         if not 0 <= self.min_paired_share <= 1:
             raise ValueError(f"min_paired_share must lie in 0..1, got {self.min_paired_share}.")
         for name in (
             "position_k",
+            "attention_keys",
             "output_top_k",
             "responses_per_prompt",
             "max_prompt_length",
@@ -138,16 +145,44 @@ class OPRDConfig(DistillationConfig):
             "representation_weight is 0",
             bridge=None,
             representation_loss=None,
+            layer_weighting="uniform",
             min_paired_share=0.2,
             offload_targets=False,
         )
+        self._check_changes_and_maps()
         if self.trainable == "head" and self.output_loss == "none" and not self.logit_weight:
             raise ValueError("trainable: head needs a term that reaches the LM head: set output_loss or logit_weight.")
         if self.trainable == "head" and self.lm_head == "freeze":
             raise ValueError("trainable: head and lm_head: freeze leave nothing to train.")
         self.refuse_ignored(self.trainable == "head", "trainable: head", gradient_scope="full")
-        takes_k = self.positions in ("first_k", "last_k")
+        takes_k = self.positions in ("first_k", "last_k", "random_k")
         self.refuse_ignored(not takes_k, f"positions: {self.positions} takes no k", position_k=2000)
+
+    def _check_changes_and_maps(self) -> None:
+        is_change = self.representation_loss == "transition"
+        self.refuse_ignored(not is_change, "representation_loss is not transition", transition_over="positions")
+        if is_change and self.transition_over != "positions":
+            if self.bridge is not None:
+                raise ValueError(
+                    "transition_over: positions is what a bridge can have: every layer has a basis of its own there. Set it so."
+                )
+            why = "changes between layers all count alike"
+            self.refuse_ignored(self.transition_over == "layers", why, layer_weighting="uniform")
+            if self.positions == "adaptive":
+                raise ValueError(
+                    f"positions: adaptive cannot be with transition_over: {self.transition_over}. Use positions: all."
+                )
+        if self.layer_weighting == "teacher_rms" and (self.representation_loss or "mse") != "mse":
+            raise ValueError(
+                f"layer_weighting: teacher_rms would be ignored: {self.representation_loss} has no scale. Use uniform or adaptive."
+            )
+        self.refuse_ignored(
+            not self.attention_weight, "attention_weight is 0", attention_layers="last", attention_keys=64
+        )
+        if self.attention_weight and not self.representation_weight:
+            raise ValueError("attention_weight is an extra term beside hidden states: set representation_weight too.")
+        if self.attention_weight and self.gradient_scope == "suffix":
+            raise ValueError("attention_weight needs gradient_scope: full: a prefix's keys are constants there.")
 
     def _check_teacher(self) -> None:
         check_teachers(self)
@@ -210,9 +245,11 @@ class OPRDConfig(DistillationConfig):
         output = self.output_loss != "none" and self.output_weight > 0
         needed = self.representation_weight > 0 and not head_adopted and not output and bridge is None
         shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)}
-        shared -= {"layers", "logit_weight", "bridge", "representation_loss"}
+        shared -= {"layers", "logit_weight", "bridge", "representation_loss", "attention_layers"}
+        attended = select_layers(self.attention_layers, num_layers) if self.attention_weight else []
         return Objective(
             layers=tuple(layers),
+            attention_layers=tuple(attended),
             num_layers=num_layers,
             vocab_size=vocab_size,
             logit_weight=float(needed) if self.logit_weight is None else self.logit_weight,

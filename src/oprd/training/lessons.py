@@ -6,32 +6,19 @@ The terms are built inside the forward, layer by layer; no trainer, no config ob
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oprd.models import Head, head_of
-from oprd.objectives import head_grams, logit_mse, state_term
-from oprd.states import Rollout, TeacherStates, visit_states
+from oprd.objectives import attention_map_loss, head_grams, logit_mse
+from oprd.states import AttentionObserver, Rollout, TeacherStates, visit_states
+from oprd.training.at_layers import AtLayers, Lesson, Sums, compared_layers, exact
 from oprd.training.objective import Objective
 from oprd.training.output_term import output_term
 
 Terms = dict[str, Tensor]  # unweighted loss terms; they add up over micro-batches and processes
-Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (sum over positions, positions)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one teacher has to say about a micro-batch. ``teacher`` only lends its head; ``name`` is for the log where there
-    are several teachers."""
-
-    objective: Objective
-    teacher: nn.Module
-    rollout: Rollout
-    targets: TeacherStates
-    name: str | None = None
 
 
 def student_loss(
@@ -53,88 +40,90 @@ def joint_loss(student: nn.Module, lessons: Sequence[Lesson]) -> tuple[Tensor, T
     """
     rollout = lessons[0].rollout
     logs: list[tuple[Terms, Sums]] = [({}, {}) for _ in lessons]
+    at_layers = [AtLayers(lesson, sums) for lesson, (_, sums) in zip(lessons, logs, strict=True)]
 
     def visit(layer: int, states_BSd: Tensor) -> list[Tensor | None]:
-        return [
-            _state_term(lesson, layer, states_BSd, sums) if layer in _layers(lesson) else None
-            for lesson, (_, sums) in zip(lessons, logs, strict=True)
-        ]
+        return [terms.at(layer, states_BSd) for terms in at_layers]
 
+    def attend(layer: int, *seen: Any) -> list[Tensor | None]:
+        return [_attention_term(lesson, layer, *seen) for lesson in lessons]
+
+    watched = sorted({layer for lesson in lessons for layer in lesson.targets.maps})
+    observer = AttentionObserver(watched, attend) if watched else None
     last_BSd, per_layer = visit_states(
         student,
         rollout.student,
-        sorted({layer for lesson in lessons for layer in _layers(lesson)}),
+        sorted({layer for lesson in lessons for layer in compared_layers(lesson.objective)}),
         visit,
         prefix=rollout.student_prefix,
         top_layer=max(lesson.objective.top_layer for lesson in lessons),
+        attend=observer,
     )
     total = last_BSd.new_zeros((), dtype=torch.float32)
     for number, (lesson, log) in enumerate(zip(lessons, logs, strict=True)):
         found = [terms[number] for terms in per_layer.values() if terms[number] is not None]
-        total = total + _lesson_loss(lesson, student, found, last_BSd, log)
+        if found:
+            total = total + _representation(lesson, found, log)
+        if lesson.targets.maps:
+            terms = [maps[number] for maps in observer.results.values() if maps[number] is not None]
+            log[0]["attention"] = (term := torch.stack(terms).mean()).detach()
+            total = total + lesson.objective.attention_weight * term
+        if lesson.objective.uses_head:
+            total = total + _head_terms(lesson, student, last_BSd, log)
     return total, *_merged(lessons, logs)
 
 
-def _layers(lesson: Lesson) -> tuple[int, ...]:
-    return lesson.objective.layers if lesson.objective.representation_weight else ()
+def _representation(lesson: Lesson, per_layer: list[Tensor], log: tuple[Terms, Sums]) -> Tensor:
+    """``representation_weight * 1/L sum_l w_l loss_l``."""
+    terms, sums = log
+    losses_L = torch.stack(per_layer)
+    if lesson.weighting is not None and lesson.weighting.layer_weights is not None:
+        losses_L = losses_L * lesson.weighting.layer_weights
+    term = losses_L.mean()
+    terms["representation"] = term.detach()
+    for what in ("cosine", "transition_cosine"):
+        found = [value for name, value in sums.items() if name.startswith(f"{what}/layer_")]
+        if found:
+            sums[what] = (torch.stack([total for total, _ in found]).mean(), found[0][1])
+    return lesson.objective.representation_weight * term
 
 
-def _exact(device: torch.device):
-    """Losses are in float32 whatever the forward."""
-    return torch.autocast(device_type=device.type, enabled=False)
+def _attention_term(
+    lesson: Lesson, layer: int, query_PHh: Tensor, key_PGh: Tensor, scaling: float, window: int | None
+) -> Tensor | None:
+    if layer not in lesson.targets.maps:
+        return None
+    reading, pairs = lesson.rollout.student, lesson.rollout.state_pairs
+    place_N = pairs.student_places(reading.ids_BS.shape[1])
+    return attention_map_loss(
+        query_PHh,
+        key_PGh,
+        lesson.targets.maps[layer],
+        place_N,
+        reading.position_of(place_N),
+        lesson.rollout.state_weights_N,
+        scaling=scaling,
+        window=window,
+    )
 
 
-def _state_term(lesson: Lesson, layer: int, states_BSd: Tensor, sums: Sums) -> Tensor:
-    objective, pairs, bridge = lesson.objective, lesson.rollout.state_pairs, lesson.objective.bridge
-    device = states_BSd.device
-    if layer == objective.num_layers:  # nothing else keeps the last states until backward
-        states_Md, place_N = pairs.of_student(states_BSd), torch.arange(len(pairs), device=device)
-    else:
-        states_Md, place_N = states_BSd.flatten(0, 1), pairs.student_places(states_BSd.shape[1])
-    project = partial(bridge.project_student, layer) if bridge else None
-    with _exact(device):
-        term, cosine = state_term(
-            states_Md,
-            place_N,
-            lesson.targets.layers[layer],
-            lesson.rollout.state_weights_N,
-            objective.representation_loss,
-            project,
-        )
-    sums[f"cosine/layer_{layer:02d}"] = (cosine, _count(len(pairs), device))
-    return term
-
-
-def _count(number: int, device: torch.device) -> Tensor:
-    return torch.tensor(float(number), device=device)
-
-
-def _lesson_loss(
-    lesson: Lesson, student: nn.Module, per_layer: list[Tensor], last_BSd: Tensor, log: tuple[Terms, Sums]
-) -> Tensor:
-    """The weighted objective of one teacher, given its terms at the layers."""
+def _head_terms(lesson: Lesson, student: nn.Module, last_BSd: Tensor, log: tuple[Terms, Sums]) -> Tensor:
+    """What is compared through the LM heads: all logits at once, or next-token distributions."""
     objective, rollout, targets = lesson.objective, lesson.rollout, lesson.targets
     terms, sums = log
     total = last_BSd.new_zeros((), dtype=torch.float32)
-    if per_layer:
-        term = torch.stack(per_layer).mean()
-        total = total + objective.representation_weight * term
-        terms["representation"] = term.detach()
-        cosines = [sums[f"cosine/layer_{layer:02d}"][0] for layer in _layers(lesson)]
-        sums["cosine"] = (torch.stack(cosines).mean(), _count(len(rollout.state_pairs), last_BSd.device))
-    if objective.uses_head:
-        own = head_of(student, objective.vocab_size)
-        other = head_of(lesson.teacher, objective.teacher_vocab_size or objective.vocab_size)
-        if objective.logit_weight:
-            with _exact(last_BSd.device):
-                term = _logit_term(own, other, rollout, last_BSd, targets.at_states)
-            total = total + objective.logit_weight * term
-            terms["logit"] = term.detach()
-        if objective.uses_output:
-            term, output_sums = output_term(objective, own, other, rollout, last_BSd, targets)
-            total = total + objective.output_weight * term
-            terms["output"] = term.detach()
-            sums.update({name: value for name, value in output_sums.items() if name not in sums})
+    own = head_of(student, objective.vocab_size)
+    other = head_of(lesson.teacher, objective.teacher_vocab_size or objective.vocab_size)
+    if objective.logit_weight:
+        with exact(last_BSd.device):
+            term = _logit_term(own, other, rollout, last_BSd, targets.at_states)
+        total = total + objective.logit_weight * term
+        terms["logit"] = term.detach()
+    if objective.uses_output:
+        term, output_sums = output_term(objective, own, other, rollout, last_BSd, targets)
+        total = total + objective.output_weight * term
+        terms["output"] = term.detach()
+        sums.update({name: value for name, value in output_sums.items() if name not in sums})
     return total
 
 

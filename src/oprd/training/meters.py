@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from oprd.training.lessons import Sums, Terms
+from oprd.training.at_layers import DISTANCE, POWER, Sums
+from oprd.training.lessons import Terms
 
 
 class Meters:
@@ -21,22 +22,26 @@ class Meters:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._batches = 0
+        self.of_update: Sums = {}  # what running means are taken of, since the last one was
 
     def add(self, terms: Terms, sums: Sums) -> None:
         """Take in one micro-batch. Nothing leaves the device."""
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach()
         for name, (total, count) in sums.items():
+            if f"{DISTANCE}/" in name or f"{POWER}/" in name:
+                before, counted = self.of_update.get(name, (0, 0))
+                self.of_update[name] = (before + total.detach(), counted + count)
             self._sums[name] = self._sums.get(name, 0) + total.detach()
             self._counts[name] = self._counts.get(name, 0) + count
 
     def snapshot(self) -> tuple[dict[str, Tensor], ...]:
         """What `restore` goes back to; batches that have ended stay ended."""
-        return dict(self._terms), dict(self._sums), dict(self._counts)
+        return dict(self._terms), dict(self._sums), dict(self._counts), dict(self.of_update)
 
     def restore(self, snapshot: tuple[dict[str, Tensor], ...]) -> None:
         """Forget what was added since."""
-        self._terms, self._sums, self._counts = (dict(part) for part in snapshot)
+        self._terms, self._sums, self._counts, self.of_update = (dict(part) for part in snapshot)
 
     def end_batch(self) -> None:
         """All micro-batches of one accumulation step, or of one evaluation batch, are in."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from oprd.bridge import Bridge
-from oprd.states import Question, Rollout, TeacherStates, answer, autocast_dtype
+from oprd.states import Attending, Question, Rollout, TeacherStates, answer, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Objective:
     vocab_size: int
     representation_weight: float = 1.0
     representation_loss: str = "mse"
+    transition_over: str = "positions"
+    layer_weighting: str = "uniform"
+    positions: str = "all"
+    attention_weight: float = 0.0
+    attention_layers: tuple[int, ...] = ()
+    attention_keys: int = 64
     logit_weight: float = 0.0
     output_loss: str = "none"
     output_weight: float = 1.0
@@ -41,7 +47,17 @@ class Objective:
     @property
     def uses_states(self) -> bool:
         """Whether hidden states are compared, or logits through them."""
-        return self.representation_weight != 0 or self.logit_weight != 0
+        return self.representation_weight != 0 or self.logit_weight != 0 or self.attention_weight != 0
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether weights follow running means of what was measured at the layers."""
+        return self.representation_weight != 0 and (self.layer_weighting != "uniform" or self.positions == "adaptive")
+
+    @property
+    def needs_transition_weights(self) -> bool:
+        """Whether changes from one position to the next are compared."""
+        return self.representation_loss == "transition" and self.transition_over != "layers"
 
     @property
     def uses_head(self) -> bool:
@@ -51,7 +67,10 @@ class Objective:
     @property
     def top_layer(self) -> int:
         """The highest block that any term reaches."""
-        return self.num_layers if self.uses_head else max(self.layers)
+        if self.uses_head:
+            return self.num_layers
+        layers = (*(self.layers if self.representation_weight else ()), *self.attention_layers)
+        return max(layers, default=self.num_layers)
 
 
 def question_of(objective: Objective, rollout: Rollout) -> Question:
@@ -68,6 +87,9 @@ def question_of(objective: Objective, rollout: Rollout) -> Question:
         last_at_states=bool(objective.logit_weight),
         output_places_N=outputs.teacher_places(width) if objective.uses_output else None,
         chain_places_E=None if prefix is None else prefix.chain_row_E * width + prefix.chain_column_E,
+        attention=Attending(objective.attention_layers, objective.attention_keys)
+        if objective.attention_weight
+        else None,
         dtype=autocast_dtype(rollout.teacher.ids_BS.device),
     )
 

@@ -13,7 +13,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd import models
-from oprd.states import TeacherElsewhere, check_packed_attention, tile_mlps, use_packed_attention
+from oprd.states import (
+    TeacherElsewhere,
+    check_observed_attention,
+    check_packed_attention,
+    tile_mlps,
+    use_observed_attention,
+    use_packed_attention,
+)
 from oprd.training import heads
 from oprd.training.config import OPRDConfig
 from oprd.training.engines import is_sharded, lender_of, place_teacher
@@ -142,6 +149,8 @@ def ready_teachers(
     ]
     heads.freeze_and_report(student, loaded, objectives, lm_head, why, head_alone=args.trainable == "head")
     _tile_and_pack(student, apart, args, accelerator)
+    if args.attention_weight:
+        _observe(student, apart, [one.pair for one in opened])
     teachers, averages = [], {}
     for one, teacher, objective in zip(opened, loaded, objectives, strict=True):
         name, weight, pair = one.named.name, one.named.weight, one.pair
@@ -185,6 +194,23 @@ def _tile_and_pack(student: nn.Module, apart: list[nn.Module], args: OPRDConfig,
         if not is_sharded(args):
             with accelerator.autocast():
                 check_packed_attention(model, suffix=model is student and args.gradient_scope == "suffix")
+
+
+def _observe(student: nn.Module, apart: list[nn.Module], pairs: list[Pair]) -> None:
+    """Attention maps are compared where both sides read the same tokens with as many heads."""
+    heads_of = {models.text_config(model).num_attention_heads for model in (student, *apart)}
+    if any(pair.bridge is not None or pair.reader is not None for pair in pairs) or len(heads_of) > 1:
+        raise ValueError(
+            "attention_weight needs a teacher of the student's family that reads the same tokens with as many attention heads "
+            f"({', '.join(map(str, sorted(heads_of)))} here). Set attention_weight: 0."
+        )
+    if any(isinstance(model, TeacherElsewhere) for model in apart):
+        raise ValueError(
+            "A teacher elsewhere gives no attention maps. Set attention_weight: 0, or load the teacher here."
+        )
+    for model in (student, *apart):
+        use_observed_attention(model)
+        check_observed_attention(model)
 
 
 def _shares(teachers: list[Teacher], *, routed: bool) -> list[Teacher]:

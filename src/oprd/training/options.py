@@ -1,8 +1,10 @@
 """What each of this project's own settings means: one table for the config class and for ``--help`` (no torch here)."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "representation_loss": ("mse", "normalized_mse", "cosine"),
-    "positions": ("all", "last", "first_k", "last_k"),
+    "representation_loss": ("mse", "normalized_mse", "cosine", "transition"),
+    "transition_over": ("positions", "layers", "both"),
+    "layer_weighting": ("uniform", "teacher_rms", "adaptive"),
+    "positions": ("all", "last", "first_k", "last_k", "random_k", "adaptive"),
     "state_at": ("predictive", "token"),
     "output_loss": ("none", "sampled", "top_k", "full"),
     "top_k_support": ("student", "teacher", "union", "intersection"),
@@ -20,15 +22,24 @@ THEN_HELP = "Settings of a second stage that starts from the first one's final m
 
 HELP: dict[str, str] = {
     "representation_weight": "Weight of the hidden-state loss L_OPRD (Eq. 6); the mu of Eq. 7. 0 turns it off.",
-    "representation_loss": "Distance between hidden states: mse (Eq. 6), normalized_mse (Eq. 14), cosine. By default mse, and "
-    "normalized_mse through a bridge.",
+    "representation_loss": "Distance between hidden states: mse (Eq. 6), normalized_mse (Eq. 14), cosine; or transition, between "
+    "directions of change from one state to the next. By default mse, and normalized_mse through a bridge.",
+    "transition_over": "Which changes representation_loss: transition compares: those from one compared position to the next, from one "
+    "compared layer to the next, or both.",
+    "layer_weighting": "Weight of each compared layer: uniform; teacher_rms (by one over the teacher's running mean square there); adaptive (more "
+    "where student and teacher still differ more, by running means).",
+    "attention_weight": "Weight of attention-map distillation, an extra term for a teacher of the student's family with as many heads "
+    "(KL from the teacher's maps, at the compared positions).",
+    "attention_layers": "Layers whose attention maps are compared: all, last, even, odd, or numbers. It is a dear term: keep them few.",
+    "attention_keys": "Keys of such a map: the most recent ones, and the first token.",
     "bridge": "Folder of a fitted bridge (oprd bridge fit), needed where student and teacher differ in shape, origin or "
     "tokenizer and states are compared; auto fits one into output_dir/bridge first.",
     "min_paired_share": "With another tokenizer, the least share of the student's positions that must pair up with one of the "
     "teacher's for states to be compared.",
     "layers": "Layers compared: all, last, even, odd, or numbers such as 4,8,12. Layers count from 1.",
-    "positions": "Response positions whose states are compared: all, last, first_k, last_k.",
-    "position_k": "The k of first_k and last_k. A shorter response keeps all of its positions.",
+    "positions": "Response positions whose states are compared: all, last, first_k, last_k, random_k; adaptive: all, each "
+    "weighted by how far apart student and teacher are there, against a running mean.",
+    "position_k": "The k of first_k, last_k and random_k. A shorter response keeps all of its positions.",
     "state_at": "predictive: the state that predicts a token; token: the state at the token itself.",
     "logit_weight": "Weight of exact full-vocabulary logit matching through d x d Gram matrices. By default 0, or 1 where "
     "the student keeps an LM head that nothing else would train (never through a bridge).",

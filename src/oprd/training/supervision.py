@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oprd.evaluation import grade
-from oprd.objectives import position_weights, select_positions
+from oprd.objectives import position_weights, select_positions, with_previous
 from oprd.training.config import OPRDConfig
 from oprd.training.teachers import Teacher
 
@@ -68,10 +68,12 @@ def supervise(
         metrics |= {name if teacher.name is None else f"{teacher.name}/{name}": value for name, value in told.items()}
         every.append(masks)
         used += [masks["state"]] * teacher.objective.uses_states + [masks["output"]] * teacher.objective.uses_output
+        if teacher.objective.needs_transition_weights:
+            masks["transition"] = with_previous(masks["state"])
     counts = [count for masks in every for mask in masks.values() for count in (mask.any(1).sum(), mask.sum())]
     counts = torch.stack([*counts, generated.sum(), torch.stack(used).any(0).sum()])
     counts = accelerator.reduce(counts.float(), reduction="sum")
-    totals = counts[:-2].view(len(teachers), 2, 2)
+    totals = counts[:-2].view(len(teachers), len(every[0]), 2)
     if "route" in batch:
         totals = totals.sum(0, keepdim=True).expand_as(totals)
     for teacher, masks, of_kinds in zip(teachers, every, totals, strict=True):
@@ -94,7 +96,9 @@ def _for_one(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
     """What one teacher reads, the positions of each kind that it supervises, and what is logged of that."""
     masks = {
-        "state": select_positions(generated, args.positions, args.position_k),
+        "state": select_positions(
+            generated, "all" if args.positions == "adaptive" else args.positions, args.position_k
+        ),
         "output": generated & (batch["completion_ids"] < vocab_size),  # vLLM may sample padded rows
     }
     reader = teacher.pair.reader

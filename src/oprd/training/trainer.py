@@ -23,11 +23,12 @@ from oprd._compat import RepeatSampler, is_vllm_available
 from oprd.bridge import Bridge
 from oprd.states import Rollout, TeacherStates, make_rollout, only, pack_all, read_one_token, shared
 from oprd.training import microbatches, preflight
+from oprd.training.at_layers import Lesson, Sums
 from oprd.training.checkpoints import CheckpointedTrainer
 from oprd.training.config import OPRDConfig
 from oprd.training.engines import check_engine, expose_head, is_sharded, redirected
 from oprd.training.guard import Guard
-from oprd.training.lessons import Lesson, Sums, Terms, joint_loss
+from oprd.training.lessons import Terms, joint_loss
 from oprd.training.meters import MemoryWatch, Meters, Stopwatch
 from oprd.training.microbatches import MicroBatch
 from oprd.training.nonfinite import sampling
@@ -37,6 +38,7 @@ from oprd.training.pair import Pair, fit_prompts
 from oprd.training.source import Source
 from oprd.training.supervision import accuracy, counted_rows, of_teacher, supervise
 from oprd.training.teachers import Routes, Teacher, named_teachers
+from oprd.training.weighting import layer_means
 
 logger = get_logger(__name__)
 
@@ -147,11 +149,13 @@ class OPRDTrainer(CheckpointedTrainer):
         self._end_where_told(args.eos_token)
         self.teachers, self.lm_head, self.averages = ready_teachers(self, opened, args)
         self.teacher_model = self.teachers[0].model
-        for average in self.averages.values():
-            self.add_callback(average)
         expose_head(self.model, args)
         self._suppress_padded_vocabulary()
         self._meters = {"train": Meters(), "eval": Meters()}
+        self._means = layer_means(self.teachers, self._meters["train"], self.accelerator)
+        self.averages |= {f"means{'' if name is None else f'-{name}'}": mean for name, mean in self._means.items()}
+        for average in self.averages.values():
+            self.add_callback(average)
         self._stopwatches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
         self._memory = MemoryWatch(self.accelerator.device)
         self._guard = Guard(self)
@@ -249,6 +253,7 @@ class OPRDTrainer(CheckpointedTrainer):
             batch["completion_mask"],
             state_weights_BC=batch["state_weights"],
             output_weights_BC=batch["output_weights"],
+            transition_weights_BC=batch.get("transition_weights"),
             state_at=self.args.state_at,
             teacher_text=None if reader is None else reader.text_of(batch),
             prefix_table=reader.table_of if crosses and teacher.objective.uses_output else None,
@@ -309,7 +314,10 @@ class OPRDTrainer(CheckpointedTrainer):
         with teacher.at_hand():
             targets = redirected(self._forward_redirection, wrapper, plain, states)
             head = teacher.lend() if teacher.objective.uses_head else plain
-        return Lesson(teacher.objective, head, rollout, targets, teacher.name)
+        means = self._means.get(teacher.name)
+        return Lesson(
+            teacher.objective, head, rollout, targets, teacher.name, None if means is None else means.weighting()
+        )
 
     def _student_loss(self, student: nn.Module, lessons: list[Lesson]) -> tuple[Tensor, Terms, Sums]:
         rollout = lessons[0].rollout
