@@ -90,7 +90,7 @@ def prepare() -> None:
         one.save_pretrained(OUT / "mean")
         tokenizer.save_pretrained(OUT / "mean")
     rows = [p for p in problems(1, 2048, *SIGNS) if p["prompt"] not in apart]
-    for name, chosen in {"both": rows} | {s: [p for p in rows if p["skill"] == s] for s in SIGNS}.items():
+    for name, chosen in {"both": rows, **{s: [p for p in rows if p["skill"] == s] for s in SIGNS}}.items():
         lines = [json.dumps({key: row[key] for key in ("prompt", "answer", "skill")}) for row in chosen]
         (OUT / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -29,7 +29,8 @@ def test_recipe_parses(name):
         assert same, key
     objective = args.objective(layers=select_layers(args.layers, 28), num_layers=28, vocab_size=10, head_adopted=True)
     assert objective.uses_output == (settings.get("output_loss", "none") != "none")
-    assert data.dataset_name and model.model_name_or_path and args.teacher_model_name_or_path
+    assert data.dataset_name and model.model_name_or_path
+    assert args.teacher_model_name_or_path or args.teachers or args.teacher_model_kind
     resolve_path(model.model_name_or_path)
 
 

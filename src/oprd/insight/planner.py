@@ -37,6 +37,8 @@ class Setup:
     ``rows_generated``: responses that a process samples at once, of ``rows``' longest. ``in_vllm``: share of the GPU that vLLM
     keeps, asleep during the update with ``vllm_sleeps``; None where transformers generates.
     ``teacher_elsewhere``: `oprd serve-teacher` holds the teacher; only its head is here, if a loss needs it.
+    ``teacher_is_student``: its weights are the student's. ``other_teachers``: bytes of weights of further teachers, and of
+    their heads; ``readers``: teachers that read each micro-batch.
     """
 
     shapes: Shapes
@@ -50,6 +52,9 @@ class Setup:
     offload_teacher: bool = False
     teacher_in_8bit: bool = False
     teacher_elsewhere: bool = False
+    teacher_is_student: bool = False
+    other_teachers: tuple[float, float] = (0.0, 0.0)
+    readers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +94,25 @@ class Plan:
 
     @property
     def teacher(self) -> float:
-        """The teacher's weights while the student runs, and the bridge."""
-        if self.setup.teacher_elsewhere:
+        """The teachers' weights while the student runs, and the bridge."""
+        if self.setup.teacher_is_student:
+            size = 0.0
+        elif self.setup.teacher_elsewhere:
             size = float(self.counts.teacher_head if self.setup.objective.uses_head else 0)
         else:
             size = self.counts.teacher_head if self.setup.offload_teacher else self._teacher_held
-        return size + self.counts.bridge
+        return size + self.counts.bridge + self._others
+
+    @property
+    def _others(self) -> float:
+        """Of further teachers all weights, or the heads alone where the rest waits in main memory."""
+        whole, heads = self.setup.other_teachers
+        return heads if self.setup.offload_teacher else self._split(whole, *WHOLE)
 
     @property
     def targets(self) -> float:
         offloaded = self.counts.targets_by_layer if self.setup.objective.offload_targets else 0
-        return self.counts.targets - offloaded
+        return self.setup.readers * (self.counts.targets - offloaded)
 
     @property
     def activations(self) -> float:
@@ -127,7 +140,8 @@ class Plan:
         teacher = self.teacher
         if not self.setup.teacher_elsewhere:
             blocks = self._gathered(self._teacher_whole, self.setup.shapes.teacher)
-            teacher = self._teacher_held + self.counts.bridge + self.counts.teacher_rise + blocks
+            held = 0.0 if self.setup.teacher_is_student else self._teacher_held
+            teacher = held + self.counts.bridge + self._others + self.counts.teacher_rise + blocks
         moments = [
             self.teacher + (0.0 if kept else self.generation),
             self.gradients + teacher,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from trl import get_peft_config
 
 from oprd.bridge import Bridge
 from oprd.insight.planner import GB, Plan, Setup, plan_setup
+from oprd.insight.recipe_models import config_of, teachers_of, weights_of
 from oprd.insight.simulate import Shapes
-from oprd.model_files import check_model
 from oprd.models import resolve_path
 from oprd.objectives import select_layers
 from oprd.training.preflight import check_attention
 from oprd.training.recipe import Configs, find_recipe, parse
 from oprd.training.recipe_file import read_recipe
-from oprd.training.source import Source
 
 PROMPT_TOKENS = 512  # where nothing says how long prompts are
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -57,17 +55,12 @@ def setup_of(
             "A plan is of models here: name a teacher of the same shape as teacher_model_name_or_path, without teacher_url. "
             "Its weights and its forward are then in the plan, and not in your run."
         )
-    if model.model_name_or_path is None or args.teacher_model_name_or_path is None:
+    if model.model_name_or_path is None:
         raise ValueError("A plan needs both models: set model_name_or_path and teacher_model_name_or_path.")
-    student, teacher = (
-        _config(key, name, revision, args.trust_remote_code)
-        for key, name, revision in (
-            ("model_name_or_path", model.model_name_or_path, model.model_revision),
-            ("teacher_model_name_or_path", args.teacher_model_name_or_path, args.teacher_model_revision),
-        )
-    )
+    student = config_of("model_name_or_path", model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    notes: list[str] = []
+    teacher, args, others, readers = teachers_of(args, student, notes)
     own, other = student.get_text_config(), teacher.get_text_config()
-    notes = []
     rank = _bridge_rank(args.bridge, fit.bridge_rank, own, other)
     if rank is None and args.representation_weight and _shape(own) != _shape(other):
         raise ValueError(
@@ -129,21 +122,12 @@ def setup_of(
         vllm_sleeps=args.vllm_enable_sleep_mode,
         offload_teacher=args.offload_teacher,
         teacher_in_8bit=args.teacher_load_in_8bit,
+        teacher_is_student=args.teacher_model_kind is not None
+        and (args.teacher_model_kind == "live" or model.use_peft),
+        other_teachers=weights_of(others, teacher_dtype),
+        readers=readers,
     )
     return setup, notes
-
-
-def _config(key: str, name: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    role = "teacher" if key.startswith("teacher") else "student"
-    if Path(resolve_path(name)).exists():
-        check_model(resolve_path(name), role, trust_remote_code=trust_remote_code, weights=False)
-    try:
-        return Source(resolve_path(name), revision, trust_remote_code).config
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{key}: {name} is no folder with a config.json here, and the Hub has not given it: {reason}"
-        ) from error
 
 
 def _dtype(name: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:

@@ -79,10 +79,21 @@ def _results(evaluations: dict[str, Found]) -> list[str]:
 
 def _inputs(manifest: dict[str, Any]) -> list[str]:
     lines = ["| | name | content (SHA-256) |", "|---|---|---|"]
-    named = {"student": manifest["student"], "teacher": manifest["teacher"], "bridge": manifest.get("bridge")}
+    teacher = manifest["teacher"]
+    teachers = {f"teacher {name}": record for name, record in teacher.get("teachers", {}).items()} or {
+        "teacher": teacher
+    }
+    named = {"student": manifest["student"], **teachers, "bridge": manifest.get("bridge")}
     named |= {f"data: {key}": record for key, record in manifest["data"].items()}
     lines += [f"| {label} | `{r['name']}` | `{r['hash'][:16]}` |" for label, r in named.items() if r]
     return lines
+
+
+def _teacher(record: dict[str, Any]) -> str:
+    """The teacher, or teachers, in words."""
+    if "kind" in record:
+        return f"itself ({record['kind']}, with privileged text in its prompts)"
+    return " and ".join(f"`{one['name']}`" for one in record.get("teachers", {"": record}).values())
 
 
 def _public(settings: Any) -> Any:
@@ -125,7 +136,7 @@ def render_card(run: Path) -> ModelCard:
     body = [
         f"# {manifest['run']}",
         "",
-        f"`{root['name']}` distilled from `{manifest['teacher']['name']}` on its own answers, with "
+        f"`{root['name']}` distilled from {_teacher(manifest['teacher'])} on its own answers, with "
         "[oprd](https://arxiv.org/abs/2606.06021) (on-policy representation distillation).",
         "",
         "## Where it comes from",

@@ -67,17 +67,23 @@ def subjects_of(model: str, roles: Sequence[str], out: str | None, revision: str
                 raise ValueError(f"{run} holds no {role} student. {needed}")
             subjects.append(Subject(f"{run.name} {role}", str(run / role), None, base / role))
         else:
-            made = manifest[role]
-            if "://" in made["name"]:
-                raise ValueError(
-                    f"The {role} of {run} was at {made['name']}, and its files are not here. Evaluate it where they are: "
-                    "oprd eval PATH_OR_HUB_ID."
-                )
-            path = resolve_path(made["name"])
-            if not Path(path).exists() and (Path(manifest["directory"]) / path).exists():
-                path = str(Path(manifest["directory"]) / path)
-            subjects.append(Subject(f"{run.name} {role}", path, made["revision"], base / role, made["hash"]))
+            several = manifest[role].get("teachers", {})
+            named = {f"{role} {name}": made for name, made in several.items()} or {role: manifest[role]}
+            subjects += [_before(run, manifest, who, made, base) for who, made in named.items()]
     return subjects
+
+
+def _before(run: Path, manifest: dict[str, Any], who: str, made: dict[str, Any], base: Path) -> Subject:
+    """A model that a run was made from."""
+    if "://" in made["name"]:
+        raise ValueError(
+            f"The {who} of {run} was at {made['name']}, and its files are not here. Evaluate it where they are: "
+            "oprd eval PATH_OR_HUB_ID."
+        )
+    path = resolve_path(made["name"])
+    if not Path(path).exists() and (Path(manifest["directory"]) / path).exists():
+        path = str(Path(manifest["directory"]) / path)
+    return Subject(f"{run.name} {who}", path, made["revision"], base / who.replace(" ", "-"), made["hash"])
 
 
 def score_models(
