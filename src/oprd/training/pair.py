@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd import models
 from oprd.bridge import Bridge, model_fingerprint, tokenizer_fingerprint
+from oprd.objectives import select_layers
 from oprd.states import Crossing
 from oprd.training import preflight
 from oprd.training.config import OPRDConfig
@@ -113,6 +114,13 @@ def open_pair(
         other_tokenizer=teacher_tokenizer if crosses else None,
         bridge=bridge,
     )
+    if args.attention_weight:
+        select_layers(args.attention_layers, shapes.num_layers)
+    if args.representation_loss == "transition" and args.transition_over != "positions" and len(shapes.layers) < 2:
+        raise ValueError(
+            f"transition_over: {args.transition_over} needs two compared layers, and layers: {args.layers} is one. Choose more "
+            "layers, or transition_over: positions."
+        )
     student_ends = models.end_token_ids(tokenizer, student.generation_config)
     if tokenizer.eos_token_id is None and student_ends:  # only the generation config knows
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(student_ends))
