@@ -46,6 +46,30 @@ CASES = {
     },
 }
 
+HINTS = ["s", "solution9", "q1", "hint" * 40, "a", "bb", "ccc", "d4"] * 2
+ROUTED = {
+    "several": True,
+    "teachers": {"a": {}, "b": {"weight": 2.0}},
+    "teacher_column": "kind",
+    "columns": {"kind": (["a"] * 4 + ["b"] * 4) * 2},  # so that a process has rows of one teacher only
+}
+TEACHERS = {
+    "each row its teacher": {**ROUTED, "logit_weight": 0, "lm_head": "keep"},
+    "each row its teacher, packed": {**ROUTED, "max_tokens_per_microbatch": 22, "output_loss": "full"},
+    "all teachers": {"several": True, "teachers": {"a": {}, "b": {}}, "logit_weight": 0, "lm_head": "teacher"},
+    **{
+        f"itself, {kind}": {
+            "teacher_model_kind": kind,
+            "teacher_prompt_template": "{hint}{prompt}",
+            "columns": {"hint": HINTS},
+            "output_loss": output,
+        }
+        for kind, output in (("base", "none"), ("ema", "full"), ("live", "full"))
+    },
+    "changes, adaptive": {"representation_loss": "transition", "positions": "adaptive", "layer_weighting": "adaptive"},
+    "attention maps": {"attention_weight": 1.0, "attention_layers": [1, 3], "attention_keys": 3},
+}
+
 
 def launch(out, processes):
     out.mkdir()
@@ -55,7 +79,13 @@ def launch(out, processes):
         "OMP_NUM_THREADS": "1",
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, str(Path(__file__).with_name("worker.py")), str(out), str(8 // processes), json.dumps(CASES)]
+    command = [
+        *launcher,
+        str(Path(__file__).with_name("worker.py")),
+        str(out),
+        str(8 // processes),
+        json.dumps(CASES | TEACHERS),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "result.json").read_text())
@@ -67,7 +97,7 @@ def runs(tmp_path_factory):
     return [launch(root / str(processes), processes) for processes in (1, 2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | TEACHERS)
 def test_two_processes_equal_one(runs, case):
     one, two = (run[case] for run in runs)
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -24,6 +24,10 @@ KEYS = (
     "accuracy",
     "paired_share",
     "prefix/supervised",
+    "loss/a/representation",
+    "b/cosine",
+    "transition_cosine",
+    "privileged/shortened",
 )
 
 
@@ -64,13 +68,16 @@ def main(out, size, cases):
     for name, settings in cases.items():
         # Looking for unused parameters would hide a missing gradient.
         settings = {"ddp_find_unused_parameters": False, "per_device_eval_batch_size": size, **settings}
+        if settings.pop("several", False):
+            settings["teacher"] = {"a": tiny_model(seed=1), "b": tiny_model(seed=2)}
         if "other" in settings:
             settings |= other_teacher(settings.pop("other"))
         trainer = canned_trainer(out, per_device_train_batch_size=size, max_steps=3, **settings)
         counts = count_passes(trainer)
         trainer.train()
         everyone = gather_object([counts])
-        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:8]}))
+        columns = {name: values[:8] for name, values in settings.get("columns", {}).items()}
+        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:8], **columns}))
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {key: p.detach().flatten().tolist() for key, p in model.named_parameters()}
         processes = trainer.accelerator.num_processes

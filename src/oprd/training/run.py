@@ -89,6 +89,11 @@ def fit(arguments: list[str]) -> tuple[Path, Bridge, bool]:
         data=dataclasses.replace(configs.data, eval_dataset_name=None), benchmarks=BenchmarkConfig()
     )
     _, args, model, settings, _ = configs
+    if args.teachers is not None or args.teacher_model_kind is not None:
+        raise ValueError(
+            "A bridge is between a student and one other model: name the teacher in teacher_model_name_or_path, without teachers and "
+            "teacher_model_kind."
+        )
     check_surroundings(args, model)
     args.eval_strategy = "no"
     directory = Path(args.bridge if args.bridge not in (None, "auto") else Path(args.output_dir) / "bridge")
