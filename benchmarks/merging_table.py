@@ -5,7 +5,7 @@
     python benchmarks/merging_table.py --print         # the table of what has been run
 
 The specialists are the miniature's student after 400 more supervised steps on additions alone, or on subtractions alone. A run
-has 200 updates of 16 prompts x 2 responses, half of the prompts of either kind. See benchmarks/sweeping.py for how rows are
+has 100 updates of 16 prompts x 2 responses, half of the prompts of either kind. See benchmarks/sweeping.py for how rows are
 swept and scored; ``both`` is 128 problems of either kind, and so is what decides the learning rate, 32 of either.
 """
 
@@ -148,6 +148,7 @@ TABLE = Table(
         "student": (STUDENT, 44),
         "mean of the specialists' weights": (str(OUT / "mean"), 44),
     },
+    steps=100,
     recorded=Path("benchmarks/recorded/merging.jsonl"),
     validation=validation,
     tests={"both": both, "plus": plus, "minus": minus},
