@@ -184,3 +184,32 @@ def test_a_bridge_for_another_teacher_is_refused(tmp_path):
         bridge.fitted_for = {"teacher": "0" * 32}
         with pytest.raises(ValueError, match=f"another teacher: {'0' * 32}, not {remote.fingerprint}"):
             canned_trainer(tmp_path, teacher=remote, trainer_kwargs={"bridge": bridge})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lm_head": "teacher"},
+        {"output_loss": "full", "max_tokens_per_microbatch": 40},
+        {"representation_loss": "transition"},
+    ],
+    ids=["mean of the heads", "full, packed", "changes"],
+)
+def test_one_of_several_teachers(tmp_path, settings):
+    """Beside one that is here, each with its rows."""
+    routed = {"teacher_column": "kind", "columns": {"kind": ["a", "b"] * 8}, "teachers": {"a": {}, "b": {}}, **settings}
+    with remote_of(tmp_path / "files", tiny_model(seed=1)) as remote:
+        here, there = (
+            canned_trainer(tmp_path / where, teacher={"a": one, "b": tiny_model(seed=2)}, **routed)
+            for where, one in (("here", tiny_model(seed=1)), ("there", remote))
+        )
+        assert here.lm_head == there.lm_head
+        assert_same_runs(here, there)
+
+
+def test_a_remote_teacher_gives_no_attention_maps(tmp_path):
+    with (
+        remote_of(tmp_path / "files", tiny_model(seed=1)) as remote,
+        pytest.raises(ValueError, match="A teacher elsewhere gives no attention maps. Set attention_weight: 0"),
+    ):
+        canned_trainer(tmp_path, teacher=remote, attention_weight=1.0)
