@@ -210,6 +210,6 @@ def test_one_of_several_teachers(tmp_path, settings):
 def test_a_remote_teacher_gives_no_attention_maps(tmp_path):
     with (
         remote_of(tmp_path / "files", tiny_model(seed=1)) as remote,
-        pytest.raises(ValueError, match="A teacher elsewhere gives no attention maps. Set attention_weight: 0"),
+        pytest.raises(ValueError, match=r"A teacher elsewhere gives no attention maps\. Set attention_weight: 0"),
     ):
         canned_trainer(tmp_path, teacher=remote, attention_weight=1.0)

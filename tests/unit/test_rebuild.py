@@ -11,7 +11,7 @@ def test_a_batch_supervises_answers_and_end_tokens_only():
     import random
 
     tokenizer = build_tokenizer()
-    ids, labels = module._batch(tokenizer, random.Random(0))
+    ids, labels = module._batch(tokenizer, module.mixed(random.Random(0)))
     supervised = labels != -100
     assert ids.shape == labels.shape == (module.BATCH_SIZE, ids.shape[1])
     assert ids[supervised].equal(labels[supervised])
@@ -21,14 +21,20 @@ def test_a_batch_supervises_answers_and_end_tokens_only():
 
 
 def test_two_rebuilds_are_one(tmp_path, monkeypatch):
-    few = (module.Run({2: "student", 4: "teacher"}, seed=0), module.Run({1: "digit-student"}, seed=2, digits=True))
+    few = (
+        module.Run({2: "student", 4: "teacher"}, seed=0),
+        module.Run({1: "digit-student"}, seed=2, digits=True),
+        module.Run({1: "more"}, seed=3, start="student", rate=1e-3),
+    )
     monkeypatch.setattr(module, "RUNS", few)
     said = []
     for name in ("a", "b"):
         module.rebuild(tmp_path / name, announce=said.append)
-    assert [line.split(":")[0] for line in said] == ["student", "teacher", "digit-student"] * 2
+    assert [line.split(":")[0] for line in said] == ["student", "teacher", "digit-student", "more"] * 2
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "teacher").state_dict() for n in ("a", "b"))
     assert all(torch.equal(a[key], b[key]) for key in b)
+    more = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "more").state_dict()
+    assert 0 < (more["lm_head.weight"] - a["lm_head.weight"]).abs().max() < 1
     early = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "student").state_dict()
     assert not torch.equal(early["lm_head.weight"], a["lm_head.weight"])
     assert (tmp_path / "a" / "train.jsonl").read_text() == (tmp_path / "b" / "train.jsonl").read_text()

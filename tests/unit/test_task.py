@@ -43,3 +43,23 @@ def test_the_tokenizer_merges_numbers_and_the_box_and_loses_nothing():
     for problem in held_out()[:20]:
         text = problem["prompt"] + problem["solution"]
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_skills_are_problems_of_one_sign_and_do_not_meet():
+    from oprd.miniature.skills import SIGNS, TEST, VALIDATION, skilled, skilled_batch, skilled_training
+
+    sets = {"test": skilled(*TEST), "validation": skilled(*VALIDATION), "train": skilled_training()}
+    for name, problems in sets.items():
+        for problem in problems:
+            signs = {c for c in problem["prompt"].removesuffix("=?")[2:] if not c.isdigit()}
+            assert signs == {SIGNS[problem["skill"]]}
+            assert extract_boxed(problem["solution"]) == problem["answer"]
+        lines = Path(resolve_path(f"miniature:skills-{name}.jsonl")).read_text().splitlines()
+        assert [json.loads(line)["skill"] for line in lines] == [p["skill"] for p in problems]
+        assert [json.loads(line)["prompt"] for line in lines] == [p["prompt"] for p in problems]
+    prompts = {name: {p["prompt"] for p in problems} for name, problems in sets.items()}
+    assert not (prompts["test"] & prompts["train"] or prompts["validation"] & prompts["train"])
+    apart = prompts["test"] | prompts["validation"]
+    batch = skilled_batch(random.Random(0), 64, "+")
+    assert len(batch) == 64 and not {p["prompt"] for p in batch} & apart
+    assert len({len(p["prompt"]) for p in batch}) == 1

@@ -17,13 +17,14 @@ VALIDATION_SEED, NUM_VALIDATION = 998, 64
 Problem = dict[str, str]  # prompt, solution, answer
 
 
-def make_problem(rng: random.Random, num_terms: int | None = None) -> Problem:
-    """Draw one problem; ``num_terms`` one-digit additions and subtractions (4 to 8 unless given)."""
+def make_problem(rng: random.Random, num_terms: int | None = None, signs: str = "+-") -> Problem:
+    """Draw one problem; ``num_terms`` one-digit additions and subtractions (4 to 8 unless given), of ``signs`` alone."""
     num_terms = num_terms or rng.randint(MIN_TERMS, MAX_TERMS)
     value = rng.randrange(100)
     prompt = solution = f"{value:02d}"
     for _ in range(num_terms):
-        sign, term = rng.choice("+-"), rng.randint(1, 9)
+        sign = rng.choice(signs) if len(signs) > 1 else signs
+        term = rng.randint(1, 9)
         value = (value + term if sign == "+" else value - term) % 100
         prompt += f"{sign}{term}"
         solution += f"{sign}{term}={value:02d}"
