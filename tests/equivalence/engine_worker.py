@@ -67,12 +67,20 @@ def silence(trainer):
 def is_at_work(engine, trainer):
     """Whether weights lie as the engine lays them."""
     student = list(trainer.accelerator.unwrap_model(trainer.model_wrapped).parameters())
-    teacher = list(trainer.accelerator.unwrap_model(trainer.teacher_model).parameters())
+    apart = [teacher.model for teacher in trainer.teachers if teacher.model is not None]
+    teacher = [p for model in apart for p in trainer.accelerator.unwrap_model(model).parameters()]
     sharded = {"fsdp2": lambda p: isinstance(p, DTensor), "zero3": is_partitioned}.get(engine)
     if sharded is None:
         wrapper = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine"}[engine]
         return type(trainer.model_wrapped).__name__ == wrapper
-    return all(map(sharded, student)) and sum(map(sharded, teacher)) > len(teacher) / 2
+    return all(map(sharded, student)) and (not teacher or sum(map(sharded, teacher)) > len(teacher) / 2)
+
+
+def teacher_of(settings):
+    """One, two, or none where the student teaches itself."""
+    if settings.pop("several", False):
+        return {"a": tiny_model(seed=1), "b": tiny_model(seed=2)}
+    return None if "teacher_model_kind" in settings else tiny_model(seed=1 - settings.pop("same", 0))
 
 
 def main(out, engine, cases):
@@ -81,7 +89,7 @@ def main(out, engine, cases):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     # All models first: while ZeRO-3 is on, transformers makes new ones in parts, with other weights.
     cases = {
-        name: {"model": tiny_model(seed=0), "teacher": tiny_model(seed=1 - settings.pop("same", 0)), **settings}
+        name: {"model": tiny_model(seed=0), "teacher": teacher_of(settings), **settings}
         | ENGINES[engine]
         | (other_teacher(settings["other"]) if "other" in settings else {})
         for name, settings in cases.items()
@@ -104,7 +112,8 @@ def main(out, engine, cases):
         assert trainer.accelerator.num_processes == processes
         trainer.train()
         assert processes == 1 or is_at_work(engine, trainer), engine
-        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:11]}))  # the last batch is not full
+        columns = {name: values[:11] for name, values in settings.get("columns", {}).items()}
+        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:11], **columns}))  # the last batch is not full
         tiny.canned_completion = uneven.__defaults__[0]
         results[name] = {key: logged(trainer, key) for key in KEYS}
     if trainer.accelerator.is_main_process:

@@ -16,6 +16,17 @@ TESTS = Path(__file__).parents[1]
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 LONG = {"max_steps": 20}
 SHORT = {"max_steps": 3}
+SEVERAL = {
+    "several": 1,
+    "teachers": {"a": {}, "b": {"weight": 2.0}},
+    "teacher_column": "kind",
+    "columns": {"kind": (["a"] * 4 + ["b"] * 4) * 2},
+}
+OWN = {
+    "teacher_prompt_template": "{hint}{prompt}",
+    "columns": {"hint": ["s", "hint9", "q1", "abcdefgh"] * 4},
+    "logit_weight": 0,
+}
 CASES = {
     "vanilla": LONG | {"logit_weight": 0, "lm_head": "keep"},
     "head metric": LONG | {"logit_weight": 1, "lm_head": "keep"},
@@ -33,6 +44,11 @@ CASES = {
     "lengths far apart": SHORT | {"writes": "uneven", "max_completion_length": 40},
     "packed, lengths far apart": SHORT
     | {"writes": "uneven", "max_completion_length": 40, "max_tokens_per_microbatch": 60},
+    "each row its teacher": SHORT | SEVERAL | {"logit_weight": 0, "lm_head": "keep"},
+    "each row its teacher, packed": SHORT | SEVERAL | {"output_loss": "full", "max_tokens_per_microbatch": 22},
+    "itself, frozen": SHORT | OWN | {"teacher_model_kind": "base", "output_loss": "full"},
+    "itself, live": SHORT | OWN | {"teacher_model_kind": "live", "output_loss": "full"},
+    "itself, live, packed": SHORT | OWN | {"teacher_model_kind": "live", "max_tokens_per_microbatch": 40},
 }
 
 
