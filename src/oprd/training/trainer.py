@@ -128,11 +128,11 @@ class OPRDTrainer(CheckpointedTrainer):
             teacher_processing_class,
             bridge,
             train_dataset,
-            has_tools=bool(tools),
+            tools=tools or (),
             compares_states=self._compares_states(args),
         )
         shapes = pair.shapes
-        train_dataset = fit_prompts(train_dataset, pair.tokenizer, args, shapes.context)
+        train_dataset = fit_prompts(train_dataset, pair.tokenizer, args, shapes.context, tools or ())
 
         # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
         super().__init__(
