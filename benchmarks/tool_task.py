@@ -13,7 +13,7 @@ from pathlib import Path
 MIN_TERMS, MAX_TERMS = 2, 4
 CONTEXT = 256
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, SCHEDULE_STEPS, SEED = 32, 3e-3, 30, 1000, 0
-SAVED = {
+SAVED = {150: "student", 400: "teacher"}  # after which update of the one run the weights are which model
     100: "s100",
     150: "s150",
     200: "s200",
