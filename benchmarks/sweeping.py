@@ -48,6 +48,7 @@ class Table:
     limits: tuple[float, float] = (6e-5, 2e-2)
     steps: int = 200
     batch: int = 32
+    samples: int = 16  # answers to each problem that `score` draws
     recorded: Path | None = None  # results that are kept with the code; runs add to them
 
     def results(self) -> dict[Key, dict]:
@@ -72,8 +73,6 @@ class Table:
     def train(self, key: Key) -> float:
         """Train unless that has been done; Avg@16 on the validation problems."""
         if "validation" not in self.results().get(key, {}):
-            from oprd.miniature.task import validation
-
             row = self.rows[key[0]]
             arguments = {
                 "max_steps": self.steps,
@@ -86,25 +85,30 @@ class Table:
             started = time.perf_counter()
             final = (row.run or one_run)(key, self.directory_of(key), {"config": row.recipe, **arguments})
             seconds = time.perf_counter() - started
-            self.keep(key, seconds=seconds, final=str(final), validation=score(final, validation(), row.max_new_tokens))
+            self.keep(
+                key, seconds=seconds, final=str(final), validation=self.score(final, "validation", row.max_new_tokens)
+            )
         return self.results()[key]["validation"]["avg_at_k"]
 
     def test(self, key: Key) -> None:
         """Score a trained student on the test problems, once."""
         found = self.results()[key]
         if "test" not in found:
-            from oprd.miniature.task import held_out
-
             final = found.get("final", self.directory_of(key) / "final")
-            self.keep(key, test=score(final, held_out(), self.rows[key[0]].max_new_tokens))
+            self.keep(key, test=self.score(final, "test", self.rows[key[0]].max_new_tokens))
+
+    def score(self, path: Path | str, which: str, max_new_tokens: int) -> dict:
+        """A student on the ``validation`` or the ``test`` problems."""
+        from oprd.miniature.task import held_out, validation
+
+        return score(path, {"validation": validation, "test": held_out}[which](), max_new_tokens)
 
     def score_untrained(self) -> None:
-        from oprd.miniature.task import held_out
         from oprd.models import resolve_path
 
         for name, (path, max_new_tokens) in self.untrained.items():
             if "test" not in self.results().get((name, 0.0, 0), {}):
-                self.keep((name, 0.0, 0), test=score(resolve_path(path), held_out(), max_new_tokens))
+                self.keep((name, 0.0, 0), test=self.score(resolve_path(path), "test", max_new_tokens))
 
     def one_row(self, name: str) -> None:
         """Sweep, then the other seeds."""
@@ -129,8 +133,9 @@ class Table:
 
     def markdown(self) -> str:
         """One line a row, at the learning rate that validation chose."""
+        k = self.samples
         lines = [
-            "| objective | lr (tried) | Avg@16 | seeds | Best@16 | Dist-4g | length |",
+            f"| objective | lr (tried) | Avg@{k} | seeds | Best@{k} | Dist-4g | length |",
             "|---|---|---|---|---|---|---|",
         ]
         done = self.results().values()

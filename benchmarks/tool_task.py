@@ -14,14 +14,6 @@ MIN_TERMS, MAX_TERMS = 2, 4
 CONTEXT = 256
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, SCHEDULE_STEPS, SEED = 32, 3e-3, 30, 1000, 0
 SAVED = {150: "student", 400: "teacher"}  # after which update of the one run the weights are which model
-    100: "s100",
-    150: "s150",
-    200: "s200",
-    250: "s250",
-    300: "s300",
-    400: "s400",
-    600: "s600",
-}  # after which update of the one run the weights are which model
 SETS = {"train": (2048, 1), "validation": (64, 998), "test": (256, 999)}  # problems, seed
 
 TEMPLATE = (
