@@ -94,7 +94,7 @@ def _module(source: str) -> ModuleType:
     path = Path(source).resolve()
     if not path.is_file():
         raise ValueError(f"tools: there is no file {source} (looked in {Path.cwd()}). {HOW}")
-    name = f"oprd_tools_{sha256(str(path).encode()).hexdigest()[:12]}"
+    name = _module_name(path)
     if name in sys.modules:  # one file is run once, however many of its functions are tools
         return sys.modules[name]
 
@@ -109,6 +109,10 @@ def _module(source: str) -> ModuleType:
         return module
 
     return _run(source, execute)
+
+
+def _module_name(path: Path) -> str:
+    return f"oprd_tools_{sha256(str(path).encode()).hexdigest()[:12]}"
 
 
 def _run(source: str, load: Callable[[], ModuleType]) -> ModuleType:
