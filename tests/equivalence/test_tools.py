@@ -154,6 +154,17 @@ def test_a_result_that_does_not_fit_is_left_out(tmp_path):
     assert (batch["state_weights"] > 0).all()
 
 
+def test_a_result_that_leaves_no_room_for_an_answer(tmp_path):
+    """The response ends in the tool's own tokens; the call alone is supervised."""
+    _, response = twin_of("1+2")
+    fits = [is_own for _, is_own in response].index(False) + sum(not is_own for _, is_own in response)
+    trainer = tooled_trainer(tmp_path, prompts=[user("1+2")], max_completion_length=fits)
+    batch = rolled_out(trainer)
+    assert batch["completion_ids"][0].tolist() == [token for token, _ in response[:fits]]
+    assert (batch["state_weights"][0] > 0).tolist() == [is_own for _, is_own in response[:fits]]
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
 def test_results_add_nothing_to_own_positions():
     """Pure: weights by hand, holes where a tool spoke; the pair before a hole's end is in the hole."""
     own = torch.tensor([[1, 1, 0, 0, 1, 1, 1]], dtype=torch.bool)
