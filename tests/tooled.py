@@ -157,9 +157,8 @@ def tooled_trainer(
         args=OPRDConfig(output_dir=str(output_dir), **settings),
         train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
-        teacher_processing_class=tooled_tokenizer(),
         tools=list(tools),
-        **(trainer_kwargs or {}),
+        **{"teacher_processing_class": tooled_tokenizer(), **(trainer_kwargs or {})},
     )
 
 

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from oprd.cli import main
 from oprd.lineage.manifest import read_manifest
 from oprd.training.callbacks import read_metrics
-from tiny import logged
-from tooled import SCRIPTS, memorised, tooled_tokenizer, tooled_trainer, user
+from tiny import logged, tiny_model, tiny_tokenizer
+from tooled import SCRIPTS, TEMPLATE, memorised, tooled_tokenizer, tooled_trainer, user
 
 ANSWERS = ["3", "15", "7", "8", "5", "6", "11", "8"]  # of SCRIPTS, three of them not what the student says
 
@@ -66,6 +66,20 @@ def test_results_weigh_nothing(tmp_path):
     assert batch["state_weights"].sum() == pytest.approx(1.0)
 
 
+def test_teachers_that_read_otherwise(tmp_path):
+    other = tooled_tokenizer(TEMPLATE.replace("<result>", "<result> "))
+    with pytest.raises(ValueError, match="one chat_template"):
+        tooled_trainer(tmp_path, trainer_kwargs={"teacher_processing_class": other})
+    with pytest.raises(ValueError, match="tools need one tokenizer"):
+        tooled_trainer(
+            tmp_path,
+            teacher=tiny_model(),
+            representation_weight=0,
+            output_loss="top_k",
+            trainer_kwargs={"teacher_processing_class": tiny_tokenizer()},
+        )
+
+
 ASKED = "1+2 in \\boxed{}"
 CHAT = [
     *user(ASKED),
@@ -102,6 +116,7 @@ def workplace(tmp_path_factory):
     rows = [{"prompt": ASKED, "answer": "3"}] * 4
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "quiz.jsonl").write_text(json.dumps({"prompt": user(ASKED), "answer": "3"}) + "\n")
+    (folder / "text.jsonl").write_text(json.dumps({"prompt": ASKED, "answer": "3"}) + "\n")
     recipe = {
         "model_name_or_path": "student",
         "teacher_model_name_or_path": "teacher",
@@ -175,6 +190,7 @@ BAD = {
     "no such file": ({"tools": "gone.py:add"}, "there is no file gone.py"),
     "no such function": ({"tools": "my_tools.py:sub"}, "has no function 'sub'; it has add"),
     "text prompts": ({"as_chat": "false"}, "prompts are text"),
+    "a benchmark of text": ({"validation_benchmark": "text.jsonl"}, "text.jsonl: its prompts are text"),
     "no room for what tools say of themselves": (
         {"max_completion_length": 115, "benchmark_max_new_tokens": 20},  # 12 tokens of prompt, 15 with the tool's
         "a prompt of 15 tokens and a response of 115 do not fit the context of 128",

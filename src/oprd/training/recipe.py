@@ -256,6 +256,7 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
             recipe[key] = str(where / value)
     if recipe.get("tools"):
         recipe["tools"] = moved(recipe["tools"], where)
+        logger.warning(f"{manifest['run']} has tools, and their files are run: {recipe['tools']}.")
     if "--output_dir" not in arguments:
         if not isinstance(recipe.get("output_dir"), str):
             raise ValueError(f"{arguments[position + 1]}'s recipe has no output_dir. Name one with --output_dir.")
