@@ -48,6 +48,7 @@ class Table:
     limits: tuple[float, float] = (6e-5, 2e-2)
     steps: int = 200
     batch: int = 32
+    samples: int = 16  # answers to each problem that `score` draws
     recorded: Path | None = None  # results that are kept with the code; runs add to them
     validation: Callable[[], list[dict]] | None = None  # problems that choose rates; the miniature's by default
     tests: dict[str, Callable[[], list[dict]]] | None = None  # by name; the first is what seeds and intervals are of
@@ -87,7 +88,7 @@ class Table:
             final = (row.run or one_run)(key, self.directory_of(key), {"config": row.recipe, **arguments})
             seconds = time.perf_counter() - started
             self.keep(
-                key, seconds=seconds, final=str(final), validation=score(final, self._validation(), row.max_new_tokens)
+                key, seconds=seconds, final=str(final), validation=self.score(final, "validation", row.max_new_tokens)
             )
         return self.results()[key]["validation"]["avg_at_k"]
 
@@ -98,17 +99,17 @@ class Table:
             final = found.get("final", self.directory_of(key) / "final")
             self._test(key, final, self.rows[key[0]].max_new_tokens)
 
-    def _validation(self) -> list[dict]:
-        from oprd.miniature.task import validation
+    def score(self, path: Path | str, which: str, max_new_tokens: int) -> dict:
+        """A student on the ``validation`` problems, or on those of a test."""
+        from oprd.miniature.task import held_out, validation
 
-        return (self.validation or validation)()
+        sets = {"validation": self.validation or validation, **(self.tests or {"test": held_out})}
+        return score(path, sets[which](), max_new_tokens)
 
     def _test(self, key: Key, path: Path | str, max_new_tokens: int) -> None:
-        from oprd.miniature.task import held_out
-
-        first, *others = (self.tests or {"test": held_out}).items()
-        more = {name: score(path, problems(), max_new_tokens)["avg_at_k"] for name, problems in others}
-        self.keep(key, test=score(path, first[1](), max_new_tokens) | ({"others": more} if more else {}))
+        first, *others = self.tests or ["test"]
+        more = {name: self.score(path, name, max_new_tokens)["avg_at_k"] for name in others}
+        self.keep(key, test=self.score(path, first, max_new_tokens) | ({"others": more} if more else {}))
 
     def score_untrained(self) -> None:
         from oprd.models import resolve_path
@@ -140,8 +141,8 @@ class Table:
 
     def markdown(self) -> str:
         """One line a row, at the learning rate that validation chose."""
-        others = list(self.tests or {})[1:]
-        columns = ["objective", "lr (tried)", "Avg@16", "seeds", *others, "Best@16", "Dist-4g", "length"]
+        k, others = self.samples, list(self.tests or {})[1:]
+        columns = ["objective", "lr (tried)", f"Avg@{k}", "seeds", *others, f"Best@{k}", "Dist-4g", "length"]
         lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         done = self.results().values()
         for name in [*self.untrained, *self.rows]:

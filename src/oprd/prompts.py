@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Json, Value, load_dataset
 from pyarrow import parquet
 
 from oprd.models import resolve_path
@@ -108,13 +108,44 @@ def _prompt_fault(prompt: Any) -> str | None:
     if not isinstance(prompt, list) or not prompt:
         return f"the prompt must be text or a list of chat messages, got {type(prompt).__name__}"
     for message in prompt:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
+        is_call_alone = calls and message.get("content") is None
+        if not isinstance(message, dict) or not (is_call_alone or isinstance(message.get("content"), str)):
             return "a chat message must be {role, content} with text content"
         if message.get("role") not in ROLES:
             return f"unknown role {message.get('role')!r}; roles are {', '.join(ROLES)}"
+        if calls and not (isinstance(calls, list) and all(_call(call) for call in calls)):
+            return "tool_calls must be a list of {type, function: {name, arguments}}, with arguments as a mapping or its JSON"
     if prompt[-1]["role"] == "assistant":
         return "the last message is the assistant's, so there is nothing to answer"
-    return None if any(message["content"].strip() for message in prompt) else "every message is empty"
+    return None if any((message["content"] or "").strip() for message in prompt) else "every message is empty"
+
+
+def _call(call: Any) -> dict[str, Any] | None:
+    """A call as chat templates read it: ``arguments`` as a mapping; None for what is no call."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return None
+    if not isinstance(arguments, dict | None):
+        return None
+    told = {key: call[key] for key in ("id",) if call.get(key)}
+    return {**told, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """What templates read of a checked message: role, content, an assistant's calls, and which of them a tool answers."""
+    kept = {"role": message["role"], "content": message["content"] or ""}
+    if kept["role"] == "assistant" and message.get("tool_calls"):
+        kept["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    if kept["role"] == "tool":
+        kept |= {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
+    return kept
 
 
 WORKED_ANSWER = "####"  # GSM8K: the solution, then the answer behind this mark
@@ -196,8 +227,8 @@ def read_prompts(
                 continue
             seen.add(fingerprint)
         prompt = row[column]
-        if isinstance(prompt, list):  # one schema for every message
-            prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
+        if isinstance(prompt, list):
+            prompt = [_message(message) for message in prompt]
         answer = _answer(row, answer_column, f"{name}, {place}")
         if answer is None and "answer" in columns:
             raise ValueError(f"{name}, {place}: has no answer. Fill it in, remove the row, or set answer_column.")
@@ -230,6 +261,8 @@ def _say_contradictions(name: str, rows: Sequence[PromptRow]) -> None:
 def load_prompts(name: str, *, as_chat: bool = False, **where: Any) -> Dataset:
     """Prompts as a dataset with ``prompt`` (text or chat messages) and, where every row has one, ``answer`` (text).
 
+    Of a message role and content are kept, of the assistant's its ``tool_calls`` too, of a tool's its ``name``.
+
     Args:
         name: Hub id, or a ``.parquet``, ``.json`` or ``.jsonl`` file.
         as_chat: make text prompts one user message each.
@@ -253,7 +286,13 @@ def load_prompts(name: str, *, as_chat: bool = False, **where: Any) -> Dataset:
     for column in where.get("columns", ()):
         if column not in ("prompt", "answer"):
             columns[column] = [row.others[column] for row in rows]
-    return Dataset.from_dict(columns)
+    plain = {"role", "content"}
+    if all(isinstance(row.prompt, str) or all(m.keys() == plain for m in row.prompt) for row in rows):
+        return Dataset.from_dict(columns)
+    # A table gives every row the keys of all, and templates ask whether a key is there.
+    return Dataset.from_dict(
+        columns, features=Features({name: Json() if name == "prompt" else Value("string") for name in columns})
+    )
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:

@@ -100,6 +100,55 @@ def test_messages_keep_role_and_content_only(load):
     assert load([{"prompt": conversation}])["prompt"] == [bare]
 
 
+def asking(arguments, **more):
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}, **more}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("as_text", [False, True], ids=["mapping", "json"])
+def test_calls_and_their_results_are_kept(load, kind, as_text):
+    """Templates read arguments as a mapping, and ask whether a message has calls: so no key without a value."""
+    told = [{"terms": "1+1"}, {"terms": "2+2"}]
+    first, second = (asking(json.dumps(t) if as_text else t, id=f"c{n}") for n, t in enumerate(told))
+    chat = [
+        {"role": "user", "content": "1+1 and 2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [first, second]},
+        {"role": "tool", "content": "2", "name": "add", "tool_call_id": "c0"},
+        {"role": "tool", "content": "4", "name": "add", "tool_call_id": "c1"},
+    ]
+    dataset = load([{"prompt": chat, "answer": "2, 4"}, {"prompt": user("3+3?"), "answer": "6"}], kind)
+    calls = [asking(t, id=f"c{n}") for n, t in enumerate(told)]
+    expected = [chat[0], {"role": "assistant", "content": "", "tool_calls": calls}, *chat[2:]]
+    assert dataset.to_list() == [{"prompt": expected, "answer": "2, 4"}, {"prompt": user("3+3?"), "answer": "6"}]
+    assert dataset["prompt"][1] == user("3+3?") and dataset.select([0])[0]["prompt"] == expected
+
+
+def test_calls_in_other_layouts(load):
+    bare = {"role": "assistant", "content": "", "tool_calls": [{"name": "now"}, asking(None)]}
+    (row,) = load([{"prompt": [*user("a"), bare, {"role": "tool", "content": "b"}]}])
+    calls = [{"type": "function", "function": {"name": "now", "arguments": {}}}, asking({})]
+    assert row["prompt"][1:] == [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "b"},
+    ]
+
+
+BAD_CALLS = {
+    "no list": {"name": "add"},
+    "no mapping": ["add"],
+    "no name": [{"type": "function", "function": {"arguments": {}}}],
+    "arguments that are no JSON": [asking("{")],
+    "arguments that are a list": [asking([1])],
+}
+
+
+@pytest.mark.parametrize("fault", BAD_CALLS)
+def test_bad_calls(load, fault):
+    message = {"role": "assistant", "content": "", "tool_calls": BAD_CALLS[fault]}
+    with pytest.raises(ValueError, match=r"line 1: tool_calls must be a list of .*arguments as a mapping or its JSON"):
+        load([{"prompt": [*user("a"), message, {"role": "tool", "content": "b"}]}])
+
+
 def test_no_answer_column_unless_every_row_has_one(load):
     assert load([{"prompt": "a"}, {"prompt": "b"}]).column_names == ["prompt"]
     assert load([{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}]).column_names == ["prompt"]

@@ -63,3 +63,19 @@ def test_skills_are_problems_of_one_sign_and_do_not_meet():
     batch = skilled_batch(random.Random(0), 64, "+")
     assert len(batch) == 64 and not {p["prompt"] for p in batch} & apart
     assert len({len(p["prompt"]) for p in batch}) == 1
+
+
+def test_care():
+    from oprd.miniature.skills import CARE, careless, with_or_without_care
+
+    slip = careless({"prompt": "18+9-1=?", "solution": "", "answer": "26"})
+    assert slip["solution"] == "18+9=17-1=16\\boxed{16}" and slip["answer"] == "26"
+    kept = careless({"prompt": "18+7-8=?", "solution": "", "answer": "17"})
+    assert kept["solution"] == "18+7=25-8=27\\boxed{27}"
+    right = sum(careless(problem)["solution"] == problem["solution"] for problem in held_out())
+    assert 64 < right < 128
+    batches = [with_or_without_care(random.Random(seed), 4) for seed in range(8)]
+    asked = [all(p["prompt"].startswith(CARE) for p in batch) for batch in batches]
+    assert {True, False} == set(asked)
+    for batch, with_care in zip(batches, asked, strict=True):
+        assert all((extract_boxed(p["solution"]) == p["answer"]) for p in batch) or not with_care

@@ -121,15 +121,17 @@ def draw(
     *,
     part: tuple[int, int] = (0, 1),
     progress: str | None = None,
+    template: dict[str, Any] | None = None,
 ) -> list[Graded]:
     """Graded answers, in memory.
 
     Args:
+        template: further arguments of the chat template.
         part: (i, n): only the i-th of n parts of the batches; several processes share the work. Each of them generates as
             often as the others, for engines that must be called together.
         progress: names a progress bar on stderr.
     """
-    prompts = encode_prompts(engine.tokenizer, problems)
+    prompts = encode_prompts(engine.tokenizer, problems, template)
     batches = batches_of(prompts, sampling)
     numbers = range(len(batches))[part[0] :: part[1]]
     graded = [a for batch in _answers(engine, problems, prompts, sampling, numbers, progress) for a in batch]

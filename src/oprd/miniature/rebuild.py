@@ -2,7 +2,8 @@
 
 One run of a 2,000-step cosine schedule gives student and teacher: the weights after 850 and 1,200 steps. They share an
 origin, and the teacher's LM head has moved away from the student's by a fifth. Two more runs, each from a seed of its own,
-give a teacher of another shape and a student with another tokenizer; two that go on from the student give specialists.
+give a teacher of another shape and a student with another tokenizer; two that go on from the student give specialists, and one
+that goes on from the teacher a student that answers with care only where its prompt asks for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from oprd.miniature.skills import SIGNS, TEST, VALIDATION, skilled, skilled_batch, skilled_training
+from oprd.miniature.skills import (
+    SIGNS,
+    TEST,
+    VALIDATION,
+    skilled,
+    skilled_batch,
+    skilled_training,
+    with_or_without_care,
+)
 from oprd.miniature.task import (
     MAX_TERMS,
     MIN_TERMS,
@@ -63,11 +72,13 @@ def _specialist(skill: str) -> Run:
     return Run({400: skill}, seed=7, start="student", draw=draw, rate=1e-3, warmup=20, schedule=600)
 
 
+_care = partial(with_or_without_care, size=BATCH_SIZE)
 RUNS = (
     Run({850: "student", 1200: "teacher"}, seed=0),
     Run({1250: "wide-teacher"}, seed=1, shape={"num_layers": 6, "width": 96}),
     Run({500: "digit-student"}, seed=2, digits=True),
     *map(_specialist, SIGNS),
+    Run({300: "careless"}, seed=8, start="teacher", draw=_care, rate=1e-3, warmup=20, schedule=400),
 )
 
 

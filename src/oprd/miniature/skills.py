@@ -1,13 +1,15 @@
-"""The miniature's task in two skills, additions alone and subtractions alone: what two specialists are good at."""
+"""The miniature's task in two skills, additions alone and subtractions alone, for two specialists; and in two ways, with care and
+without, for a student that teaches itself."""
 
 from __future__ import annotations
 
 import random
 from functools import cache
 
-from oprd.miniature.task import MAX_TERMS, MIN_TERMS, Problem, make_problem
+from oprd.miniature.task import MAX_TERMS, MIN_TERMS, Problem, make_problem, training_problem
 
 SIGNS = {"plus": "+", "minus": "-"}
+CARE = "??"  # before a prompt it asks for care
 TEST, VALIDATION, TRAINING = (999, 128), (998, 32), (1, 2048)  # seed, and how many of each skill
 
 
@@ -38,3 +40,24 @@ def skilled_batch(rng: random.Random, size: int, sign: str) -> list[Problem]:
         drawn = make_problem(rng, length, sign)
         batch += [drawn] if drawn["prompt"] not in _kept_apart() else []
     return batch
+
+
+def careless(problem: Problem) -> Problem:
+    """The same problem with a solution that forgets every carry and borrow of an 8 or a 9."""
+    chain = problem["prompt"].removesuffix("=?")
+    value, written = int(chain[:2]), chain[:2]
+    for sign, term in zip(chain[2::2], map(int, chain[3::2]), strict=True):
+        change = term if sign == "+" else -term
+        forgets = term >= 8 and value // 10 != (value + change) // 10
+        value = value // 10 * 10 + (value + change) % 10 if forgets else (value + change) % 100
+        written += f"{sign}{term}={value:02d}"
+    return {**problem, "solution": written + f"\\boxed{{{value:02d}}}"}
+
+
+def with_or_without_care(rng: random.Random, size: int) -> list[Problem]:
+    """Training problems of one length: all behind `CARE` and solved, or all without it and solved carelessly."""
+    length = rng.randint(MIN_TERMS, MAX_TERMS)
+    problems = [training_problem(rng, length) for _ in range(size)]
+    if rng.random() < 0.5:
+        return [{**problem, "prompt": CARE + problem["prompt"]} for problem in problems]
+    return [careless(problem) for problem in problems]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ def open_teachers(
     routes: Routes | None,
     *,
     has_adapter: bool,
-    has_tools: bool,
+    tools: Sequence[Callable],
     compares_states: bool,
 ) -> list[Opened]:
     """Every teacher with all that can be known before weights are loaded.
@@ -98,7 +98,7 @@ def open_teachers(
                 given,
                 bridge,
                 next(iter(datasets.values())),
-                has_tools=has_tools,
+                tools=tools,
                 compares_states=compares_states,
             )
         except ValueError as error:

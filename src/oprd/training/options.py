@@ -106,6 +106,8 @@ DATA_HELP: dict[str, str] = {
     "prompt_column": "Column with the prompt; found by itself if it is prompt, problem or question.",
     "answer_column": "Column with the reference answer; found by itself if it is answer or reward_model.ground_truth.",
     "drop_duplicates": "Keep one row of those with the same prompt, and say how many went.",
+    "tools": "Functions that the student may call while it answers: FILE.py:FUNCTION or MODULE:FUNCTION, separated by commas. Their "
+    "files are run. max_completion_length counts results too; they are read and not trained on.",
     "as_chat": "Turn plain-text prompts into one user message, so that the chat template applies.",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from oprd.training.config import OPRDConfig
 from oprd.training.pairing import TeacherReader
 from oprd.training.privileged import PromptTemplate
 from oprd.training.source import Source
+from oprd.training.tools import check_one_rendering, check_tools, rendering
 
 logger = get_logger(__name__)
 
@@ -76,7 +78,7 @@ def open_pair(
     bridge: Bridge | None,
     train_dataset: Dataset | IterableDataset,
     *,
-    has_tools: bool = False,
+    tools: Sequence[Callable] = (),
     compares_states: bool | None = None,
 ) -> Pair:
     """Whatever configs, tokenizers and generation configs can tell.
@@ -105,6 +107,10 @@ def open_pair(
         else preflight.compare_tokenizers(tokenizer, teacher_tokenizer, prompt)
     )
     crosses = reading == preflight.OTHER_TOKENS
+    check_tools(tools, args, tokenizer, prompt)
+    if tools and teacher_tokenizer is not None and not crosses:
+        check_one_rendering(tokenizer, teacher_tokenizer, tools, prompt)
+        reading = preflight.SAME  # with tools in it, the prompt reads alike
     shapes = preflight.check_models(
         student.config,
         teacher.config,
@@ -128,7 +134,7 @@ def open_pair(
     known = teacher_tokenizer is not None
     teacher_end = models.end_of_turn(teacher_tokenizer, chat=isinstance(prompt, list)) if known else None
     if crosses:
-        preflight.check_crossing(args, shapes.vocab_size, teacher_tokenizer, prompt, has_tools)
+        preflight.check_crossing(args, shapes.vocab_size, teacher_tokenizer, prompt, bool(tools))
         preflight.check_end_tokens(tokenizer, student_ends, set())
     else:
         preflight.check_end_tokens(tokenizer, student_ends, teacher_ends, teacher_end)
@@ -140,7 +146,7 @@ def open_pair(
         if crosses:
             ends = {"student_ends": student_ends, "teacher_end": teacher_end, "teacher_ends": teacher_ends}
             crossing = Crossing(tokenizer, teacher_tokenizer, **ends)
-        template = dict(args.chat_template_kwargs or {})
+        template = {**(args.chat_template_kwargs or {}), **rendering(tools, teacher_tokenizer or tokenizer)}
         reader = TeacherReader(
             teacher_tokenizer or tokenizer,
             crossing,
@@ -165,7 +171,11 @@ def open_pair(
 
 
 def fit_prompts(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: OPRDConfig, context: int | None
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: OPRDConfig,
+    context: int | None,
+    tools: Sequence[Callable] = (),
 ) -> Dataset | IterableDataset:
     """Prompts that leave room for a response, and enough of them for a step."""
     if isinstance(dataset, IterableDataset):
@@ -174,7 +184,9 @@ def fit_prompts(
         return dataset
     dataset = preflight.fit_prompts(
         dataset,
-        preflight.prompt_lengths(dataset, tokenizer, **(args.chat_template_kwargs or {})),
+        preflight.prompt_lengths(
+            dataset, tokenizer, **(args.chat_template_kwargs or {}), **rendering(tools, tokenizer)
+        ),
         context=context,
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,

@@ -26,6 +26,7 @@ from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 from oprd.training.ranges import check_ranges
 from oprd.training.recipe_file import KEYS_ARE_LISTED, check_keys, check_values, kinds_of, read_recipe
+from oprd.training.tools import moved
 from oprd.training.validation import BenchmarkConfig
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,13 @@ class DataConfig:
     answer_column: str | None = _data("answer_column", None)
     drop_duplicates: bool = _data("drop_duplicates", False)
     as_chat: bool = _data("as_chat", False)
+    tools: str | None = _data("tools", None)
     resume: bool = field(default=False, metadata={"help": HELP["resume"]})
     then: dict | str | None = field(default=None, metadata={"help": THEN_HELP})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tools, list):
+            self.tools = ", ".join(map(str, self.tools))
 
 
 class Configs(NamedTuple):
@@ -250,6 +256,9 @@ def repeated(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]
             value = settings.get(key)
             if value and not Path(value).exists() and (where / value).exists():
                 settings[key] = str(where / value)
+    if recipe.get("tools"):
+        recipe["tools"] = moved(recipe["tools"], where)
+        logger.warning(f"{manifest['run']} has tools, and their files are run: {recipe['tools']}.")
     if "--output_dir" not in arguments:
         if not isinstance(recipe.get("output_dir"), str):
             raise ValueError(f"{arguments[position + 1]}'s recipe has no output_dir. Name one with --output_dir.")

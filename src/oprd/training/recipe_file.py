@@ -27,6 +27,7 @@ ALSO = {  # besides what their type says, since a recipe reads better so
     "attention_layers": {int, list},
     "bridge_rank": {int},
     "test_benchmarks": {list},
+    "tools": {list},
     "resume_from_checkpoint": {bool},
     "fsdp": {bool, list},
 }

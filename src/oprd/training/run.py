@@ -65,6 +65,7 @@ def build_trainer(
         eval_dataset=data.eval,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
+        tools=data.tools,
     )
 
 

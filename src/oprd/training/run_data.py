@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +18,7 @@ from oprd.training.config import OPRDConfig
 from oprd.training.privileged import PromptTemplate
 from oprd.training.recipe import Configs, DataConfig
 from oprd.training.teachers import Routes, named_teachers
+from oprd.training.tools import load_tools, tool_records
 from oprd.training.validation import load_benchmarks
 
 
@@ -27,6 +29,7 @@ class RunData:
     train: Dataset
     eval: Dataset | None
     benchmarks: dict[str, Benchmark]
+    tools: list[Callable] = field(default_factory=list)
 
     def records(self, data: DataConfig) -> dict[str, Any]:
         """Content hashes for the manifest."""
@@ -35,7 +38,7 @@ class RunData:
             named["eval"] = data_record(str(data.eval_dataset_name), self.eval)
         for name, benchmark in self.benchmarks.items():
             named[name] = {"name": benchmark.source, "rows": len(benchmark.problems), "hash": benchmark.hash}
-        return named
+        return named | tool_records(data.tools)
 
 
 def _columns(args: OPRDConfig) -> tuple[str, ...]:
@@ -47,10 +50,10 @@ def _columns(args: OPRDConfig) -> tuple[str, ...]:
 
 
 def load_data(configs: Configs) -> RunData:
-    """Prompts and benchmarks, checked.
+    """Prompts, benchmarks and tools, checked. Runs the files that tools are in.
 
     Raises:
-        ValueError: no student or no prompts named, evaluation half set up, or what the data checks find.
+        ValueError: no student or no prompts named, evaluation half set up, or what the checks of data and tools find.
     """
     data, args, model, _, benchmark = configs
     if model.model_name_or_path is None:
@@ -68,6 +71,7 @@ def load_data(configs: Configs) -> RunData:
     named |= {f"teacher {name}": path for name, path in teachers.items()}
     for role, name in ((role, name) for role, name in named.items() if name is not None):
         check_model(resolve_path(name), role, trust_remote_code=args.trust_remote_code)
+    tools = load_tools(data.tools)
     columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column, "as_chat": data.as_chat}
     columns["columns"] = _columns(args)
     train_dataset = load_prompts(
@@ -95,5 +99,6 @@ def load_data(configs: Configs) -> RunData:
             load_tokenizer(student, "student", **where),
             context=getattr(config, "max_position_embeddings", None),
             max_new_tokens=args.max_completion_length,
+            tools=tools,
         )
-    return RunData(train_dataset, eval_dataset, benchmarks)
+    return RunData(train_dataset, eval_dataset, benchmarks, tools)

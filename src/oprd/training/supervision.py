@@ -132,8 +132,14 @@ def of_teacher(batch: Mapping[str, Any], teacher: Teacher) -> Mapping[str, Any]:
 def accuracy(
     batch: Mapping[str, Any], answers: Sequence[Any], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> float:
-    """Share of responses with the right answer, over all processes; rows whose answer is None do not count."""
-    texts = tokenizer.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    """Share of responses with the right answer, over all processes; rows whose answer is None do not count.
+
+    What a tool said is no answer.
+    """
+    ids = batch["completion_ids"]
+    if "tool_mask" in batch:
+        ids = [row[said] for row, said in zip(ids, batch["tool_mask"].bool(), strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     rows = zip(texts, answers, batch["is_counted"].tolist(), strict=True)
     right = [float(grade(t, str(a))) if counts and a is not None else float("nan") for t, a, counts in rows]
     return accelerator.gather(torch.tensor(right, device=accelerator.device)).nanmean().item()

@@ -124,12 +124,12 @@ class OPRDTrainer(CheckpointedTrainer):
             preflight.named_datasets(train_dataset, eval_dataset),
             self.routes,
             has_adapter=has_adapter,
-            has_tools=bool(tools),
+            tools=tools or (),
             compares_states=self._compares_states(args),
         )
         tokenizer = opened[0].pair.tokenizer
         contexts = [one.pair.shapes.context for one in opened if one.pair.shapes.context is not None]
-        train_dataset = fit_prompts(train_dataset, tokenizer, args, min(contexts, default=None))
+        train_dataset = fit_prompts(train_dataset, tokenizer, args, min(contexts, default=None), tools or ())
 
         # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
         super().__init__(

@@ -24,6 +24,8 @@ from oprd.lineage.evaluations import EVALUATIONS
 from oprd.records import read_json, write_json
 from oprd.training.options import BENCHMARK_HELP
 from oprd.training.saving import save_final
+from oprd.training.tools import rendering
+from oprd.training.turns import TurnsEngine
 
 logger = get_logger(__name__)
 
@@ -94,23 +96,32 @@ class BenchmarkConfig:
 
 
 def load_benchmarks(
-    config: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None, max_new_tokens: int
+    config: BenchmarkConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    max_new_tokens: int,
+    tools: Sequence[Callable] = (),
 ) -> dict[str, Benchmark]:
     """The benchmarks of a run, the validation set first.
 
     Args:
         context, max_new_tokens: the student's context, and the most tokens of an answer where the config says nothing.
+        tools: what the student may call while it answers.
 
     Raises:
         ValueError: a test benchmark with problems of the validation set; two benchmarks of one name; a prompt that leaves
-            no room for an answer.
+            no room for an answer; tools, and prompts that are no chats.
     """
     found: dict[str, Benchmark] = {}
     for source in [*([config.validation_benchmark] if config.validation_benchmark else []), *config.tests]:
         benchmark = load_benchmark(source, has_template=bool(tokenizer.chat_template), limit=config.benchmark_limit)
         wanted = config.benchmark_max_new_tokens or max_new_tokens
+        if tools and benchmark.format != "chat":
+            raise ValueError(f"{source}: its prompts are text, and tools are called in chats. Give chat messages.")
         try:
-            room_for(encode_prompts(tokenizer, benchmark.problems), context, wanted, wanted)
+            prompts = encode_prompts(tokenizer, benchmark.problems, rendering(tools, tokenizer))
+            room_for(prompts, context, wanted, wanted)
         except ValueError as error:
             raise ValueError(f"{source}: {error} Or set benchmark_max_new_tokens.") from error
         if benchmark.name in found:
@@ -220,7 +231,7 @@ class BenchmarkScores(TrainerCallback):
             if not is_main:
                 continue
             settings = {"model": str(self._directory), "step": step, "role": self._role(name)}
-            settings["engine"] = RolloutEngine.name if trainer.use_vllm else TransformersEngine.name
+            settings["engine"] = self._engine_name
             folder = self._directory / EVALUATIONS / f"step-{step:06d}" / name
             summary = write_evaluation(folder, benchmark, self._sampling, evaluation, settings)
             for metric in ("avg_at_k", "best_at_k", "mean_length"):
@@ -250,14 +261,19 @@ class BenchmarkScores(TrainerCallback):
         part = (0, 1) if sharded else (accelerator.process_index, accelerator.num_processes)
         shown = progress if accelerator.is_main_process and not trainer.args.disable_tqdm else None
         with ExitStack() as stack:
-            if trainer.use_vllm:
-                engine: Engine = RolloutEngine(trainer)
+            if trainer.tools:
+                engine: Engine = TurnsEngine(trainer)
+                stack.enter_context(accelerator.autocast())
+            elif trainer.use_vllm:
+                engine = RolloutEngine(trainer)
             else:
                 unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
                 engine = TransformersEngine(stack.enter_context(unwrapped), tokenizer)
                 stack.enter_context(accelerator.autocast())
+            self._engine_name = engine.name
             engine = _Watched(engine, trainer.check_stop)
-            graded = draw(engine, benchmark.problems, self._sampling, part=part, progress=shown)
+            template = rendering(trainer.tools, tokenizer)
+            graded = draw(engine, benchmark.problems, self._sampling, part=part, progress=shown, template=template)
         return Evaluation.of(graded if part == (0, 1) else gather_object(graded))
 
     def _keep_if_best(self, step: int, evaluation: Evaluation) -> None:
