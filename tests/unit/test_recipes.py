@@ -15,12 +15,12 @@ RECIPES = sorted(path.name.removesuffix(".yaml") for path in files("oprd").joinp
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_parses(name):
     # bf16 needs a GPU that this machine may not have; everything else is as shipped.
-    data, args, model, bridge, _ = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    data, args, model, bridge, benchmark = parse(["--config", name, "--bf16", "false", "--use_cpu", "true"])
     text = find_recipe(name).read_text()
     assert f"--config {name}" in text.split("\nmodel_name_or_path")[0]
     settings = yaml.safe_load(text)
     for key in settings.keys() - {"bf16", "use_cpu", "report_to"}:
-        owner = next(c for c in (data, args, model, bridge) if hasattr(c, key))
+        owner = next(c for c in (data, args, model, bridge, benchmark) if hasattr(c, key))
         value = getattr(owner, key)
         value = getattr(value, "value", value)
         same = (
