@@ -18,9 +18,9 @@ from oprd.bridge import Bridge
 from oprd.insight.planner import GB, Plan, Setup, plan_setup
 from oprd.insight.simulate import Shapes
 from oprd.model_files import check_model
-from oprd.models import resolve_path
+from oprd.models import recorded_layer_map, resolve_path
 from oprd.objectives import select_layers
-from oprd.training.preflight import check_attention
+from oprd.training.preflight import check_attention, check_layer_map
 from oprd.training.recipe import Configs, find_recipe, parse
 from oprd.training.recipe_file import read_recipe
 from oprd.training.source import Source
@@ -69,7 +69,11 @@ def setup_of(
     own, other = student.get_text_config(), teacher.get_text_config()
     notes = []
     rank = _bridge_rank(args.bridge, fit.bridge_rank, own, other)
-    if rank is None and args.representation_weight and _shape(own) != _shape(other):
+    compared = rank is None and args.representation_weight > 0
+    depths = own.num_hidden_layers, other.num_hidden_layers
+    layer_map = check_layer_map(args.layer_map, recorded_layer_map(student), *depths) if compared else None
+    same_depth = layer_map is not None or depths[0] == depths[1]
+    if compared and not (same_depth and own.hidden_size == other.hidden_size):
         raise ValueError(
             f"The student has {own.num_hidden_layers} layers of width {own.hidden_size}, the teacher {other.num_hidden_layers} of "
             f"width {other.hidden_size}: set bridge, or representation_weight: 0 with output_loss."
@@ -84,6 +88,7 @@ def setup_of(
         vocab_size=vocab_size,
         head_adopted=adopted,
         bridge=None if rank is None else _Through(),
+        layer_map=layer_map,
     )
     objective = dataclasses.replace(objective, bridge=None)
     if prompt_tokens is None:
@@ -154,10 +159,6 @@ def _dtype(name: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
 
 class _Through:
     """Says that there is a bridge, to settle what depends on it."""
-
-
-def _shape(config: PretrainedConfig) -> tuple[int, int]:
-    return config.num_hidden_layers, config.hidden_size
 
 
 def _adoptable(own: PretrainedConfig, other: PretrainedConfig) -> bool:

@@ -24,6 +24,7 @@ WORDS = {
 }
 ALSO = {  # besides what their type says, since a recipe reads better so
     "layers": {int, list},
+    "layer_map": {list},
     "bridge_rank": {int},
     "test_benchmarks": {list},
     "resume_from_checkpoint": {bool},

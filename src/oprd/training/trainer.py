@@ -173,6 +173,7 @@ class OPRDTrainer(CheckpointedTrainer):
             head_adopted=self.lm_head == "teacher",
             bridge=None if bridge is None else bridge.to(self.accelerator.device),
             teacher_vocab_size=shapes.teacher_vocab_size,
+            layer_map=shapes.layer_map,
         )
         heads.freeze_and_report(
             self.model, teacher, self.objective, self.lm_head, why, head_alone=args.trainable == "head"
