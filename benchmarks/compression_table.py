@@ -39,7 +39,7 @@ ROWS = {
     "4 layers, OPRD + full KL": Row({**pruned("4-layers"), **OBJECTIVES["OPRD + full KL"]}, (1e-3, 2e-3)),
 }
 CONTROLS = {
-    "control: 4 layers at random, OPRD": Row({**pruned("4-layers-random"), **OPRD}, (2e-3,)),
+    "control: 4 layers at random, OPRD": Row({**pruned("4-layers-random"), **OPRD}, (1e-3,), seeds=(0,)),
 }
 UNTRAINED = {
     "teacher, 6 layers": (TEACHER, 44),

@@ -21,7 +21,7 @@ from oprd.evaluation.benchmarks import Problem
 from oprd.evaluation.evaluate import batch_seed, batches_of, encode_prompts
 from oprd.evaluation.sampling import Sampling, TransformersEngine, load_engine
 from oprd.lineage.machine import versions
-from oprd.model_files import check_model
+from oprd.model_files import check_model, quietly
 from oprd.models import LAYER_MAP, PRUNED_FROM, resolve_path, text_config
 from oprd.prompts import load_prompts
 from oprd.records import check_folder, write_json
@@ -115,7 +115,8 @@ def prune(
     check_folder(out, "--out", sum(file.stat().st_size for file in Path(path).glob("*.safetensors")))
     rows = None if probing is None else _draw_prompts(probing)
 
-    engine = load_engine(path, revision=revision, device=device)
+    with quietly():
+        engine = load_engine(path, revision=revision, device=device)
     whole = engine.model
     found = None if rows is None else _influence(engine, rows, probing, progress)
     kept = list(choice.layers or choose_blocks(found.values, choice.count(depth)))
@@ -141,7 +142,7 @@ def prune(
     setattr(own, PRUNED_FROM, origin)
     record["layer_map"] = list(getattr(own, LAYER_MAP))
     record["parameters"]["after"] = _size(whole)
-    with staged(out) as folder:
+    with staged(out) as folder, quietly():
         whole.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, record)

@@ -97,6 +97,8 @@ def setup_of(
             notes.append(f"prompts of {PROMPT_TOKENS} tokens (--prompt_tokens, or max_prompt_length in the recipe)")
     longest = prompt_tokens + args.max_completion_length
     rows = _rows(args.max_tokens_per_microbatch, args.per_device_train_batch_size, prompt_tokens, longest)
+    if model.load_in_4bit or model.load_in_8bit:
+        notes.append("the student's weights as if they were not quantised, which is too much")
     notes.append(f"every response as long as it may be, {args.max_completion_length} tokens")
     dtype = _dtype((args.model_init_kwargs or {}).get("dtype") or model.dtype or "float32", own)
     teacher_dtype = _dtype((args.teacher_model_init_kwargs or {}).get("dtype") or dtype, other)

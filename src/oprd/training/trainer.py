@@ -42,6 +42,7 @@ from oprd.training.microbatches import MicroBatch
 from oprd.training.nonfinite import sampling
 from oprd.training.objective import Sums, TeacherStates, Terms, student_loss, teacher_states
 from oprd.training.pair import fit_prompts, open_bridge, open_pair
+from oprd.training.quantised import widen_adapters
 from oprd.training.source import Source
 from oprd.training.supervision import accuracy, counted_rows, supervise
 from oprd.training.teacher import load_teacher, open_teacher
@@ -148,6 +149,7 @@ class OPRDTrainer(CheckpointedTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        widen_adapters(self.model)
         self.vocab_size = shapes.vocab_size
         teacher, processes = teacher_model, self.accelerator.num_processes
         teacher = load_teacher(teacher, args, self.model.dtype, processes) if isinstance(teacher, str) else teacher
