@@ -1,17 +1,19 @@
 """Compressed students (docs/results.md): layers taken out of a teacher, or its weights quantised, and what brings it back.
 
-    python benchmarks/compression_table.py                     # run what is missing, then print both tables
+    python benchmarks/compression_table.py                     # run what is missing, then print the table
     python benchmarks/compression_table.py --only "5 layers, OPRD"
     python benchmarks/compression_table.py --print             # from benchmarks/recorded
 
-The teacher is miniature:wide-teacher (6 layers x 96). Its students are itself without the one or two layers of lowest
-influence (oprd prune), compared with it through the layer map. Every run has one budget: 200 updates of 16 prompts x 2
-responses. See benchmarks/sweeping.py for how rows are swept and scored; controls run at one rate.
+Pruned students are miniature:wide-teacher (6 layers x 96) without the one or two layers of lowest influence (oprd prune),
+compared with it through the layer map. Quantised students are miniature:teacher in 4 bits (fp4; bitsandbytes must be
+installed) with LoRA on top, taught by their own float32 selves. Every run has one budget: 200 updates of 16 prompts x 2
+responses. See benchmarks/sweeping.py for how rows are swept and scored; rows with one rate take a swept neighbour's.
 """
 
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 from sweeping import Row, Table, main
@@ -19,12 +21,19 @@ from sweeping import Row, Table, main
 OUT = Path("runs/compression")
 TEACHER = "miniature:wide-teacher"
 DEPTH = 6
-RATES = (1e-3, 2e-3)
 OPRD = {"representation_weight": 1, "logit_weight": 0, "output_loss": "none"}
-OBJECTIVES = {
-    "OPRD": OPRD,
-    "OPD full KL": {"representation_weight": 0, "logit_weight": 0, "output_loss": "full"},
-    "OPRD + full KL": {**OPRD, "output_loss": "full"},
+KL = {"representation_weight": 0, "logit_weight": 0, "output_loss": "full"}
+BOTH = {**OPRD, "output_loss": "full"}
+FOUR_BITS = {
+    "model_name_or_path": "miniature:teacher",
+    "teacher_model_name_or_path": "miniature:teacher",
+    "lm_head": "auto",
+    "load_in_4bit": "true",
+    "bnb_4bit_quant_type": "fp4",
+    "use_peft": "true",
+    "lora_r": 8,
+    "lora_dropout": 0,
+    "lora_target_modules": "all-linear",
 }
 
 
@@ -34,22 +43,27 @@ def pruned(name: str) -> dict:
 
 
 ROWS = {
-    "4 layers, OPRD": Row({**pruned("4-layers"), **OBJECTIVES["OPRD"]}, (1e-3, 2e-3)),
-    "4 layers, OPD full KL": Row({**pruned("4-layers"), **OBJECTIVES["OPD full KL"]}, (5e-4, 1e-3)),
-    "4 layers, OPRD + full KL": Row({**pruned("4-layers"), **OBJECTIVES["OPRD + full KL"]}, (1e-3, 2e-3)),
-}
-CONTROLS = {
-    "control: 4 layers at random, OPRD": Row({**pruned("4-layers-random"), **OPRD}, (1e-3,), seeds=(0,)),
+    "4 layers, OPRD": Row({**pruned("4-layers"), **OPRD}, (1e-3, 2e-3)),
+    "4 layers, OPD full KL": Row({**pruned("4-layers"), **KL}, (5e-4, 1e-3)),
+    "4 layers, OPRD + full KL": Row({**pruned("4-layers"), **BOTH}, (1e-3, 2e-3), seeds=(0,)),
+    "control: 4 layers at random, OPRD": Row({**pruned("4-layers-random"), **OPRD}, (2e-3,), seeds=(0,)),
+    "5 layers, OPRD": Row({**pruned("5-layers"), **OPRD}, (2e-3,), seeds=(0,)),
+    "5 layers, OPD full KL": Row({**pruned("5-layers"), **KL}, (1e-3,), seeds=(0,)),
+    "fp4 + LoRA, OPRD": Row({**FOUR_BITS, **OPRD}, (2e-3,), seeds=(0,)),
+    "fp4 + LoRA, OPD full KL": Row({**FOUR_BITS, **KL}, (2e-3,), seeds=(0,)),
 }
 UNTRAINED = {
     "teacher, 6 layers": (TEACHER, 44),
     "5 layers, no training": (str(OUT / "students" / "5-layers"), 44),
     "4 layers, no training": (str(OUT / "students" / "4-layers"), 44),
     "4 layers at random, no training": (str(OUT / "students" / "4-layers-random"), 44),
+    "teacher, 4 x 64": ("miniature:teacher", 44),
+    "fp4, no training": (str(OUT / "students" / "fp4"), 44),
+    "nf4, no training": (str(OUT / "students" / "nf4"), 44),
 }
 TABLE = Table(
     OUT,
-    ROWS | CONTROLS,
+    ROWS,
     UNTRAINED,
     (2.5e-4, 8e-3),
     recorded=Path(__file__).parent / "recorded" / "compression.jsonl",
@@ -70,14 +84,32 @@ def random_layers(keep: int) -> tuple[int, ...]:
 
 
 def make_students() -> None:
-    """Every pruned student, by influence on the miniature's prompts and the teacher's answers to them, and at random."""
+    """Pruned by influence on the miniature's prompts and the teacher's answers to them, and at random; quantised."""
     from oprd.compression.prune import Choice, Probing, prune
 
-    for keep in (5, 4):
-        for name, choice in (("", Choice(keep=keep)), ("-random", Choice(layers=random_layers(keep)))):
-            folder = OUT / "students" / f"{keep}-layers{name}"
-            if not folder.exists():
-                prune(TEACHER, folder, choice, Probing("miniature:train.jsonl", answers=44))
+    for name, choice in (
+        ("5-layers", Choice(keep=5)),
+        ("4-layers", Choice(keep=4)),
+        ("4-layers-random", Choice(layers=random_layers(4))),
+    ):
+        if not (OUT / "students" / name).exists():
+            prune(TEACHER, OUT / "students" / name, choice, Probing("miniature:train.jsonl", answers=44))
+    for name in ("fp4", "nf4"):
+        if not (OUT / "students" / name).exists():
+            _quantise("miniature:teacher", OUT / "students" / name, name)
+
+
+def _quantise(model: str, folder: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from oprd.models import resolve_path
+
+    if find_spec("bitsandbytes") is None:
+        raise SystemExit('The quantised rows need bitsandbytes: pip install "oprd[quantized]".')
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
+    path = resolve_path(model)
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
 
 
 if __name__ == "__main__":
