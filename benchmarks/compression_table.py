@@ -108,7 +108,7 @@ def _quantise(model: str, folder: Path, kind: str) -> None:
         raise SystemExit('The quantised rows need bitsandbytes: pip install "oprd[quantized]".')
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
     path = resolve_path(model)
-    AutoModelForCausalLM.from_pretrained(path, quantization_config=config).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=config, use_safetensors=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path).save_pretrained(folder)
 
 

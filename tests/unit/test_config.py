@@ -30,6 +30,7 @@ def test_defaults(make):
         "trainable": "all",
         "eos_token": None,
         "layers": "all",
+        "layer_map": None,
         "positions": "all",
         "position_k": 2000,
         "state_at": "predictive",
@@ -171,9 +172,10 @@ def test_the_objective_carries_every_setting(make):
     }
     defaults = {field.name: field.default for field in fields(Objective)}
     assert all(value != defaults[name] for name, value in chosen.items())
-    objective = make(layers="all", **chosen).objective(layers=[1, 3], num_layers=4, vocab_size=99, head_adopted=True)
-    assert objective == Objective(layers=(1, 3), num_layers=4, vocab_size=99, **chosen)
-    assert {name for name in HELP if name in defaults} - {"layers", "bridge"} <= set(chosen)
+    shapes = {"num_layers": 4, "vocab_size": 99, "layer_map": (1, 2, 4, 6)}
+    objective = make(layers="all", **chosen).objective(layers=[1, 3], head_adopted=True, **shapes)
+    assert objective == Objective(layers=(1, 3), **shapes, **chosen)
+    assert {name for name in HELP if name in defaults} - {"layers", "layer_map", "bridge"} <= set(chosen)
 
 
 def test_an_open_distance_is_settled_by_the_bridge(make):

@@ -121,7 +121,7 @@ def test_from_its_own_full_precision(teacher, more):
     pytest.importorskip("bitsandbytes", reason=NOT_INSTALLED)
     cosines = train("run", **more)
     loses_much = "load_in_4bit" in more  # 8 bits lose too little to be won back in three steps
-    assert 0.9 < cosines[0] < 1 and (cosines[-1] > cosines[0] or not loses_much)
+    assert 0.5 < cosines[0] < 1 and (cosines[-1] > cosines[0] or not loses_much)
     final = AutoModelForCausalLM.from_pretrained("run/final", use_safetensors=True)
     adapters = {name: p for name, p in final.named_parameters() if "lora_" in name}
     assert adapters and {p.dtype for p in adapters.values()} == {torch.float32}
