@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig
 
@@ -13,7 +14,7 @@ from oprd.evaluation.sampling import load_engine
 from oprd.lineage.card import _loading
 from oprd.training import quantised
 from oprd.training.callbacks import read_metrics
-from oprd.training.quantised import check_quantised, quantization_of
+from oprd.training.quantised import check_quantised, quantization_of, widen_adapters
 from oprd.training.run import run
 from tiny import tiny_model, tiny_tokenizer
 
@@ -59,6 +60,18 @@ def test_products_are_in_the_format_of_the_forward(monkeypatch, dtype, bf16, exp
     monkeypatch.setattr(quantised, "get_quantization_config", lambda model: made)
     found = quantization_of(SimpleNamespace(bf16=bf16), settings(dtype=dtype, **FOUR))
     assert found.bnb_4bit_compute_dtype == expected
+
+
+@pytest.mark.parametrize("quantised_base", [True, False])
+def test_adapters_of_quantised_weights_are_float32(quantised_base):
+    """Where others would be whatever PEFT and TRL made of them. In bf16 an update of 1e-5 can change nothing."""
+    assert torch.tensor(0.02, dtype=torch.bfloat16) - 1e-5 == torch.tensor(0.02, dtype=torch.bfloat16)
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear")).bfloat16()
+    model.get_base_model().is_loaded_in_4bit = quantised_base
+    widen_adapters(model)
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert trained == {torch.float32 if quantised_base else torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_the_card_says_how_to_load_it():
