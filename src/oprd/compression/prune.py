@@ -41,8 +41,10 @@ class Choice:
     layers: tuple[int, ...] | None = None
 
     def check(self, depth: int) -> None:
-        """Raises:
-        ValueError: not exactly one, or one that a model of this depth does not have.
+        """It can be of a model of this depth.
+
+        Raises:
+            ValueError: not exactly one is given, or it is outside of what there is.
         """
         if sum(value is not None for value in (self.keep, self.drop, self.layers)) != 1:
             raise ValueError("Give one of --keep, --drop and --layers.")
@@ -135,9 +137,7 @@ def prune(
         "versions": versions(),
     }
     own = text_config(whole)
-    origin = (
-        getattr(own, PRUNED_FROM, None) or record["fingerprint"]
-    )  # of the first, where a pruned one is pruned again
+    origin = getattr(own, PRUNED_FROM, None) or record["fingerprint"]  # where it was pruned before, the first one's
     drop_blocks(whole, kept)
     setattr(own, PRUNED_FROM, origin)
     record["layer_map"] = list(getattr(own, LAYER_MAP))

@@ -42,8 +42,10 @@ def drop_blocks(model: nn.Module, kept: Sequence[int]) -> None:
 
 
 def check_kept(kept: Sequence[int], depth: int) -> None:
-    """Raises:
-    ValueError: layers that are outside, out of order, or all of them.
+    """1-based layers that a model of this depth can be left with.
+
+    Raises:
+        ValueError: layers that are outside, out of order, or all of them.
     """
     outside = [layer for layer in kept if not 1 <= layer <= depth]
     if outside or not kept:
