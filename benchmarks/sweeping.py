@@ -26,7 +26,7 @@ class Row:
     """One line of a table.
 
     ``settings`` go over the recipe. ``rates``: learning rates to sweep from; a single one is taken as it is. ``max_new_tokens``
-    bounds answers when scoring. ``run``: what to do instead of one training run, from (key, directory, arguments) to the
+    bounds answers when scoring. ``seeds``: those of the best rate. ``run``: what to do instead of one training run, from (key, directory, arguments) to the
     folder of the final model. ``patch``: called first in the row's own process.
     """
 
@@ -34,6 +34,7 @@ class Row:
     rates: tuple[float, ...] = (1e-3, 2e-3)
     recipe: str = "miniature"
     max_new_tokens: int = 44
+    seeds: tuple[int, ...] = SEEDS
     run: Callable[[Key, Path, dict], Path] | None = None
     patch: Callable[[], None] | None = None
 
@@ -135,7 +136,7 @@ class Table:
                 best = max(grid, key=grid.get)
                 edges = [lr for edge, lr in ((min(grid), best / 2), (max(grid), best * 2)) if edge == best]
                 waiting = [lr for lr in edges if self.limits[0] <= lr <= self.limits[1]]
-        for seed in SEEDS:
+        for seed in row.seeds:
             self.train((name, best, seed))
             self.test((name, best, seed))
 

@@ -12,6 +12,7 @@ from oprd.commands.demo import add_demo
 from oprd.commands.eval import add_eval
 from oprd.commands.gate import add_gate
 from oprd.commands.plan import run_plan
+from oprd.commands.prune import add_prune
 from oprd.commands.registry import add_registry
 from oprd.commands.report import add_report
 from oprd.commands.serve import add_serve
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
     commands.add_parser("bridge", help="fit a bridge between two models, or look into one", add_help=False)
     commands.add_parser("plan", help="what a recipe needs of a GPU, and what would help", add_help=False)
-    for add in (add_eval, add_compare, add_report, add_gate, add_registry, add_serve, add_demo):
+    for add in (add_prune, add_eval, add_compare, add_report, add_gate, add_registry, add_serve, add_demo):
         add(commands)
     return parser
 

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,17 @@ def check_tensors(
 
     Raises:
         ValueError: missing or misshapen tensors, or layers that the config does not have; weights that are not
-            safetensors; an attention that is not installed.
+            safetensors; an attention or a quantiser that is not installed.
     """
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **where)
-    if getattr(config, "quantization_config", None) is not None:
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        if getattr(method, "value", method) == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"The {role} {name} holds weights quantised by bitsandbytes, which is not installed: pip install "
+                '"oprd[quantized]".'
+            )
         return
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MINIATURE_PREFIX = "miniature:"
+# In the config of a depth-pruned student: the original's layer that each of its layers stands for, and whose copy it is.
+LAYER_MAP, PRUNED_FROM = "oprd_layer_map", "oprd_pruned_from"
 
 
 def resolve_path(name: str) -> str:
@@ -33,6 +35,12 @@ def text_config(model_or_config: nn.Module | PretrainedConfig) -> PretrainedConf
     """The config that holds ``hidden_size``, ``num_hidden_layers`` and ``vocab_size``."""
     config = model_or_config if isinstance(model_or_config, PretrainedConfig) else causal_lm(model_or_config).config
     return config.get_text_config()
+
+
+def recorded_layer_map(config: PretrainedConfig) -> tuple[int, ...] | None:
+    """The layer map that ``oprd prune`` wrote into a student's config; None where there is none."""
+    found = getattr(config.get_text_config(), LAYER_MAP, None)
+    return None if found is None else tuple(found)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

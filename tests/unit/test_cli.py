@@ -35,7 +35,9 @@ def run(capsys):
     events.setLevel(before[2])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "-h"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "-h"], ["demo", "--help"], ["prune", "--help"]]
+)
 def test_help_does_not_wait(arguments):
     started = time.perf_counter()
     done = python("-m", "oprd", *arguments)

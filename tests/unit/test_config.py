@@ -35,6 +35,7 @@ def test_defaults(make):
         "trainable": "all",
         "eos_token": None,
         "layers": "all",
+        "layer_map": None,
         "positions": "all",
         "position_k": 2000,
         "state_at": "predictive",
@@ -189,13 +190,13 @@ def test_the_objective_carries_every_setting(make):
     }
     defaults = {field.name: field.default for field in fields(Objective)}
     assert all(value != defaults[name] for name, value in chosen.items())
-    shapes = {"num_layers": 4, "vocab_size": 99}
+    shapes = {"num_layers": 4, "vocab_size": 99, "layer_map": (1, 2, 4, 6)}
     settings = make(layers="all", attention_layers="2,-1", **chosen)
     objective = settings.objective(layers=[1, 3], head_adopted=True, **shapes)
     assert objective == Objective(layers=(1, 3), attention_layers=(2, 4), **shapes, **chosen)
     settings = make(representation_loss="transition", transition_over="both")
     assert settings.objective(layers=[1], head_adopted=True, **shapes).transition_over == "both"
-    elsewhere = {"layers", "bridge", "attention_layers", "transition_over"}
+    elsewhere = {"layers", "layer_map", "bridge", "attention_layers", "transition_over"}
     assert {name for name in HELP if name in defaults} - elsewhere <= set(chosen)
 
 

@@ -64,9 +64,13 @@ class Engine(Protocol):
 
 def answer_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int]) -> Answer:
     """A response up to its first end token."""
-    stop = next((place for place, token in enumerate(ids) if token in ends), None)
-    kept = ids if stop is None else ids[: stop + 1]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), stop is None)
+    kept = _ended(ids, ends)
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), not kept or kept[-1] not in ends)
+
+
+def _ended(ids: list[int], ends: set[int]) -> list[int]:
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: stop + 1]
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:
@@ -93,9 +97,13 @@ class TransformersEngine:
         known = {*tokenizer.get_vocab().values(), *self._ends}  # other rows stand for no token: never sample them
         self._padded = [row for row in range(text_config(model).vocab_size) if row not in known] or None
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
-        """See `Engine`. Prompts are padded on the left."""
+        """See `Engine`."""
+        return [answer_of(self.tokenizer, ids, self._ends) for ids in self.write(prompts, sampling, seed)]
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
+        """Token ids of one answer to each prompt, up to its end token and with it. Prompts are padded on the left."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self._ends)
         drawn = {"do_sample": False}
         if sampling.temperature > 0:
@@ -123,7 +131,7 @@ class TransformersEngine:
                 )[:, width:]
         finally:
             self.model.train(was_training)
-        return [answer_of(self.tokenizer, row, self._ends) for row in written.tolist()]
+        return [_ended(row, self._ends) for row in written.tolist()]
 
 
 class VLLMEngine:

@@ -17,9 +17,9 @@ from oprd.bridge import Bridge
 from oprd.insight.planner import GB, Plan, Setup, plan_setup
 from oprd.insight.recipe_models import config_of, teachers_of, weights_of
 from oprd.insight.simulate import Shapes
-from oprd.models import resolve_path
+from oprd.models import recorded_layer_map, resolve_path
 from oprd.objectives import select_layers
-from oprd.training.preflight import check_attention
+from oprd.training.preflight import check_attention, check_layer_map
 from oprd.training.recipe import Configs, find_recipe, parse
 from oprd.training.recipe_file import read_recipe
 
@@ -62,7 +62,11 @@ def setup_of(
     teacher, args, others, readers = teachers_of(args, student, notes)
     own, other = student.get_text_config(), teacher.get_text_config()
     rank = _bridge_rank(args.bridge, fit.bridge_rank, own, other)
-    if rank is None and args.representation_weight and _shape(own) != _shape(other):
+    compared = rank is None and args.representation_weight > 0
+    depths = own.num_hidden_layers, other.num_hidden_layers
+    layer_map = check_layer_map(args.layer_map, recorded_layer_map(student), *depths) if compared else None
+    same_depth = layer_map is not None or depths[0] == depths[1]
+    if compared and not (same_depth and own.hidden_size == other.hidden_size):
         raise ValueError(
             f"The student has {own.num_hidden_layers} layers of width {own.hidden_size}, the teacher {other.num_hidden_layers} of "
             f"width {other.hidden_size}: set bridge, or representation_weight: 0 with output_loss."
@@ -77,6 +81,7 @@ def setup_of(
         vocab_size=vocab_size,
         head_adopted=adopted,
         bridge=None if rank is None else _Through(),
+        layer_map=layer_map,
     )
     objective = dataclasses.replace(objective, bridge=None)
     if prompt_tokens is None:
@@ -85,6 +90,8 @@ def setup_of(
             notes.append(f"prompts of {PROMPT_TOKENS} tokens (--prompt_tokens, or max_prompt_length in the recipe)")
     longest = prompt_tokens + args.max_completion_length
     rows = _rows(args.max_tokens_per_microbatch, args.per_device_train_batch_size, prompt_tokens, longest)
+    if model.load_in_4bit or model.load_in_8bit:
+        notes.append("the student's weights as if they were not quantised, which is too much")
     notes.append(f"every response as long as it may be, {args.max_completion_length} tokens")
     dtype = _dtype((args.model_init_kwargs or {}).get("dtype") or model.dtype or "float32", own)
     teacher_dtype = _dtype((args.teacher_model_init_kwargs or {}).get("dtype") or dtype, other)
@@ -138,10 +145,6 @@ def _dtype(name: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
 
 class _Through:
     """Says that there is a bridge, to settle what depends on it."""
-
-
-def _shape(config: PretrainedConfig) -> tuple[int, int]:
-    return config.num_hidden_layers, config.hidden_size
 
 
 def _adoptable(own: PretrainedConfig, other: PretrainedConfig) -> bool:

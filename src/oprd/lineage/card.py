@@ -96,6 +96,21 @@ def _teacher(record: dict[str, Any]) -> str:
     return " and ".join(f"`{one['name']}`" for one in record.get("teachers", {"": record}).values())
 
 
+def _loading(config: dict[str, Any]) -> list[str]:
+    """How to load a student that is more than weights."""
+    bits = 4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else None
+    if bits is None:
+        return []
+    return [
+        "## How to load it",
+        "",
+        f"The weights are quantised to {bits} bits (bitsandbytes), and the adapters that were trained lie beside them, unmerged. "
+        "With bitsandbytes and peft installed, `AutoModelForCausalLM.from_pretrained` loads both from a local copy of this "
+        "folder (from the Hub: `huggingface_hub.snapshot_download` first).",
+        "",
+    ]
+
+
 def _public(settings: Any) -> Any:
     """Settings without what opens doors: a card is made to be uploaded."""
     if isinstance(settings, dict):
@@ -139,6 +154,7 @@ def render_card(run: Path) -> ModelCard:
         f"`{root['name']}` distilled from {_teacher(manifest['teacher'])} on its own answers, with "
         "[oprd](https://arxiv.org/abs/2606.06021) (on-policy representation distillation).",
         "",
+        *_loading(config),
         "## Where it comes from",
         "",
         *_inputs(manifest),

@@ -51,6 +51,7 @@ class OPRDConfig(DistillationConfig):
     bridge: str | None = _option("bridge", None)
     min_paired_share: float = _option("min_paired_share", 0.2)
     layers: str = _option("layers", "all")
+    layer_map: str | None = _option("layer_map", None)
     positions: str = _option("positions", "all")
     position_k: int = _option("position_k", 2000)
     state_at: str = _option("state_at", "predictive")
@@ -92,6 +93,7 @@ class OPRDConfig(DistillationConfig):
             self.ddp_find_unused_parameters = False  # what no loss reaches is frozen, so nothing is left to look for
         super().__post_init__()
         self.layers, self.attention_layers = parse_layers(self.layers), parse_layers(self.attention_layers)
+        self.layer_map = None if self.layer_map is None else parse_layer_map(self.layer_map)
         self._check_choices()
         self._check_objective()
         self._check_teacher()
@@ -144,12 +146,14 @@ class OPRDConfig(DistillationConfig):
             not self.representation_weight,
             "representation_weight is 0",
             bridge=None,
+            layer_map=None,
             representation_loss=None,
             layer_weighting="uniform",
             min_paired_share=0.2,
             offload_targets=False,
         )
         self._check_changes_and_maps()
+        self.refuse_ignored(self.bridge is not None, "a bridge has a layer map of its own", layer_map=None)
         if self.trainable == "head" and self.output_loss == "none" and not self.logit_weight:
             raise ValueError("trainable: head needs a term that reaches the LM head: set output_loss or logit_weight.")
         if self.trainable == "head" and self.lm_head == "freeze":
@@ -234,9 +238,10 @@ class OPRDConfig(DistillationConfig):
         head_adopted: bool,
         bridge: Bridge | None = None,
         teacher_vocab_size: int | None = None,
+        layer_map: tuple[int, ...] | None = None,
     ) -> Objective:
         """The objective in plain values, for models of ``num_layers`` and ``vocab_size`` tokens (``teacher_vocab_size``
-        where the teacher has others).
+        where the teacher has others; ``layer_map`` where it has more layers).
 
         Settles an open ``logit_weight``: a student whose states move towards the teacher's under its own head needs a term
         that moves the head along (docs/results.md), unless it adopted the teacher's or an output loss trains it. Through a
@@ -245,7 +250,7 @@ class OPRDConfig(DistillationConfig):
         output = self.output_loss != "none" and self.output_weight > 0
         needed = self.representation_weight > 0 and not head_adopted and not output and bridge is None
         shared = {f.name for f in fields(Objective)} & {f.name for f in fields(self)}
-        shared -= {"layers", "logit_weight", "bridge", "representation_loss", "attention_layers"}
+        shared -= {"layers", "layer_map", "logit_weight", "bridge", "representation_loss", "attention_layers"}
         attended = select_layers(self.attention_layers, num_layers) if self.attention_weight else []
         return Objective(
             layers=tuple(layers),
@@ -256,6 +261,7 @@ class OPRDConfig(DistillationConfig):
             representation_loss=self.representation_loss or ("mse" if bridge is None else "normalized_mse"),
             bridge=bridge,
             teacher_vocab_size=teacher_vocab_size,
+            layer_map=layer_map,
             **{name: getattr(self, name) for name in shared},
         )
 
@@ -274,3 +280,16 @@ def parse_layers(value: str | int | list[int]) -> str | list[int]:
     if not isinstance(numbers, list | tuple) or any(type(number) is not int for number in numbers):
         raise ValueError(f"layers={value!r} is neither a name nor a list of whole numbers such as 4,8,12.")
     return list(numbers)
+
+
+def parse_layer_map(value: str | list[int]) -> list[int]:
+    """``1,2,4,6`` or ``[1, 2, 4, 6]`` as a list of numbers; whether they fit the models is pre-flight's to say."""
+    try:
+        numbers = parse_layers(value)
+    except ValueError:
+        numbers = None
+    if not isinstance(numbers, list) or not numbers:
+        raise ValueError(
+            f"layer_map={value!r} must be the teacher's layer of each student layer, such as 1,2,4,6. Correct or remove it."
+        )
+    return numbers

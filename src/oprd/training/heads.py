@@ -213,8 +213,8 @@ def freeze_and_report(
             warn_of_harm(bridge, trains_output=any(objective.uses_output for objective in objectives))
     if lm_head == "teacher" and models.causal_lm(student) is not student:
         logger.warning(
-            "The adopted LM head is in the base weights, which an adapter saved alone does not carry. Merge before you save: "
-            "oprd.training.run.save_final(trainer, directory) does, and so does oprd train."
+            "The adopted LM head is in the base weights, which an adapter saved alone does not carry. Save with "
+            "oprd.training.run.save_final(trainer, directory), as oprd train does."
         )
 
 

@@ -16,7 +16,8 @@ from oprd.states import Attending, Question, Rollout, TeacherStates, answer, aut
 @dataclass(frozen=True)
 class Objective:
     """What is minimised. ``layers`` are 1-based student layers; the teacher's are the same or, with a ``bridge``, those of
-    its layer map. ``teacher_vocab_size`` is there where the tokenizers differ."""
+    its layer map, or those of ``layer_map`` (one for each student layer), where the student has fewer layers.
+    ``teacher_vocab_size`` is there where the tokenizers differ."""
 
     layers: tuple[int, ...]
     num_layers: int
@@ -38,6 +39,7 @@ class Objective:
     temperature: float = 1.0
     teacher_vocab_size: int | None = None
     offload_targets: bool = False
+    layer_map: tuple[int, ...] | None = None
     bridge: Bridge | None = field(default=None, repr=False)
 
     @property
@@ -77,12 +79,13 @@ def question_of(objective: Objective, rollout: Rollout) -> Question:
     """What an objective asks of the teacher about one micro-batch; in the precision of the autocast that is on."""
     layers = objective.layers if objective.representation_weight else ()
     bridge, pairs, outputs = objective.bridge, rollout.state_pairs, rollout.output_pairs
+    layer_map = bridge.layer_map if bridge else objective.layer_map
     prefix = rollout.prefix if objective.uses_output else None
     width = rollout.teacher.ids_BS.shape[1]
     return Question(
         rollout.teacher,
         pairs.teacher_places(width),
-        {layer: bridge.layer_map[layer - 1] if bridge else layer for layer in layers},
+        {layer: layer_map[layer - 1] if layer_map else layer for layer in layers},
         bridge,
         last_at_states=bool(objective.logit_weight),
         output_places_N=outputs.teacher_places(width) if objective.uses_output else None,

@@ -144,6 +144,7 @@ def ready_teachers(
             head_adopted=adopted,
             bridge=None if one.pair.bridge is None else one.pair.bridge.to(accelerator.device),
             teacher_vocab_size=one.pair.shapes.teacher_vocab_size,
+            layer_map=one.pair.shapes.layer_map,
         )
         for one in opened
     ]
@@ -199,7 +200,8 @@ def _tile_and_pack(student: nn.Module, apart: list[nn.Module], args: OPRDConfig,
 def _observe(student: nn.Module, apart: list[nn.Module], pairs: list[Pair]) -> None:
     """Attention maps are compared where both sides read the same tokens with as many heads."""
     heads_of = {models.text_config(model).num_attention_heads for model in (student, *apart)}
-    if any(pair.bridge is not None or pair.reader is not None for pair in pairs) or len(heads_of) > 1:
+    differ = any(p.bridge is not None or p.reader is not None or p.shapes.layer_map is not None for p in pairs)
+    if differ or len(heads_of) > 1:
         raise ValueError(
             "attention_weight needs a teacher of the student's family that reads the same tokens with as many attention heads "
             f"({', '.join(map(str, sorted(heads_of)))} here). Set attention_weight: 0."

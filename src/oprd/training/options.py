@@ -37,6 +37,8 @@ HELP: dict[str, str] = {
     "min_paired_share": "With another tokenizer, the least share of the student's positions that must pair up with one of the "
     "teacher's for states to be compared.",
     "layers": "Layers compared: all, last, even, odd, or numbers such as 4,8,12. Layers count from 1.",
+    "layer_map": "The teacher's layer that each student layer is compared with, such as 1,2,4,6, for a student with fewer layers. By "
+    "default what oprd prune recorded in the student, else layer l with layer l.",
     "positions": "Response positions whose states are compared: all, last, first_k, last_k, random_k; adaptive: all, each "
     "weighted by how far apart student and teacher are there, against a running mean.",
     "position_k": "The k of first_k, last_k and random_k. A shorter response keeps all of its positions.",

@@ -119,6 +119,7 @@ def open_pair(
         compares_states=args.representation_weight > 0 if compares_states is None else compares_states,
         other_tokenizer=teacher_tokenizer if crosses else None,
         bridge=bridge,
+        layer_map=args.layer_map,
     )
     if args.attention_weight:
         select_layers(args.attention_layers, shapes.num_layers)
@@ -127,6 +128,9 @@ def open_pair(
             f"transition_over: {args.transition_over} needs two compared layers, and layers: {args.layers} is one. Choose more "
             "layers, or transition_over: positions."
         )
+    if shapes.layer_map is not None:
+        pairs = ", ".join(f"{layer} with {shapes.layer_map[layer - 1]}" for layer in shapes.layers)
+        logger.info(f"Layers are compared through a map, the student's with the teacher's: {pairs}.")
     student_ends = models.end_token_ids(tokenizer, student.generation_config)
     if tokenizer.eos_token_id is None and student_ends:  # only the generation config knows
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(student_ends))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd.bridge import Bridge
-from oprd.models import apply_template
+from oprd.models import apply_template, recorded_layer_map
 from oprd.objectives import select_layers
 
 logger = get_logger(__name__)
@@ -28,7 +29,8 @@ SAME, OTHER_PROMPT, OTHER_TOKENS = "same", "other prompt", "other tokens"
 @dataclass(frozen=True)
 class Shapes:
     """What the two configs settle: the student's layers that are compared, its depth and vocabulary, the teacher's
-    vocabulary where it is another, the shorter of the two contexts and the teacher's own."""
+    vocabulary where it is another, the shorter of the two contexts, the teacher's own, and the teacher's layer of each student
+    layer where that is not the one of its number."""
 
     layers: list[int]
     num_layers: int
@@ -36,6 +38,7 @@ class Shapes:
     context: int | None
     teacher_vocab_size: int | None = None
     teacher_context: int | None = None
+    layer_map: tuple[int, ...] | None = None
 
 
 def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -51,6 +54,7 @@ def check_models(
     compares_states: bool,
     other_tokenizer: PreTrainedTokenizerBase | None = None,
     bridge: Bridge | None = None,
+    layer_map: Sequence[int] | None = None,
 ) -> Shapes:
     """Width, depth and vocabulary.
 
@@ -59,9 +63,10 @@ def check_models(
     Args:
         other_tokenizer: the teacher's, where it has another vocabulary.
         bridge: what states are compared through.
+        layer_map: the teacher's layer of each student layer, as the user has it; else what a pruned student records.
 
     Raises:
-        ValueError: shapes that cannot be compared, a bridge for other shapes, or a model with fewer embeddings than its
+        ValueError: shapes that cannot be compared, a bridge or a layer map for other shapes, or a model with fewer embeddings than its
             tokenizer has tokens.
     """
     student, teacher = student.get_text_config(), teacher.get_text_config()
@@ -76,21 +81,55 @@ def check_models(
     depths, widths = (
         [getattr(config, name) for config in (student, teacher)] for name in ("num_hidden_layers", "hidden_size")
     )
+    mapped = None
     if bridge is not None:
         _check_bridge_shapes(bridge, depths, widths)
-    elif compares_states and (depths[0] != depths[1] or widths[0] != widths[1]):
+    elif compares_states:
+        mapped = check_layer_map(layer_map, recorded_layer_map(student), *depths)
+    if compares_states and bridge is None and ((mapped is None and depths[0] != depths[1]) or widths[0] != widths[1]):
         raise ValueError(
             f"The student has {depths[0]} layers of width {widths[0]}, the teacher {depths[1]} of width {widths[1]}. "
             + NEEDS_BRIDGE
         )
-    elif compares_states and other_tokenizer is not None:
+    elif compares_states and bridge is None and other_tokenizer is not None:
         raise ValueError(
             f"Student and teacher have different tokenizers ({_differences(tokenizer, other_tokenizer)}). {NEEDS_BRIDGE}"
         )
     contexts = [getattr(config, "max_position_embeddings", None) for config in (student, teacher)]
     shared = contexts if other_tokenizer is None else contexts[:1]  # lengths are counted in the student's tokens
     context = min((size for size in shared if size is not None), default=None)
-    return Shapes(select_layers(layers, depths[0]), depths[0], vocab_size, context, other_size, contexts[1])
+    chosen = select_layers(layers, depths[0])
+    return Shapes(chosen, depths[0], vocab_size, context, other_size, contexts[1], mapped)
+
+
+def check_layer_map(
+    given: Sequence[int] | None, recorded: Sequence[int] | None, depth: int, teacher_depth: int
+) -> tuple[int, ...] | None:
+    """The layer map that states are compared through: the user's, else the one that ``oprd prune`` recorded, else None.
+
+    Raises:
+        ValueError: a map of another length, of layers that the teacher does not have, or that descends; a pruned student
+            whose teacher is not as deep as the model that it was pruned from.
+    """
+    layer_map = recorded if given is None else given
+    if layer_map is None:
+        return None
+    said, shown = ("layer_map" if given is not None else "The student's record"), ",".join(map(str, layer_map))
+    if given is None and max(layer_map) != teacher_depth:
+        raise ValueError(
+            f"The student was pruned from a model of {max(layer_map)} layers (layer map {shown}), and this teacher has "
+            f"{teacher_depth}. Name that model, or one trained on from it, as the teacher, or set layer_map by hand."
+        )
+    if len(layer_map) != depth:
+        raise ValueError(
+            f"{said} {shown} names {len(layer_map)} layers for a student of {depth}. Set layer_map to one of the teacher's "
+            "layers for each of the student's."
+        )
+    if min(layer_map) < 1 or max(layer_map) > teacher_depth or list(layer_map) != sorted(layer_map):
+        raise ValueError(
+            f"{said} {shown} must not descend, nor leave the teacher's layers 1..{teacher_depth}. Correct layer_map."
+        )
+    return tuple(layer_map)
 
 
 def _check_bridge_shapes(bridge: Bridge, depths: list[int], widths: list[int]) -> None:

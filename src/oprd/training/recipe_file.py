@@ -25,6 +25,7 @@ WORDS = {
 ALSO = {  # besides what their type says, since a recipe reads better so
     "layers": {int, list},
     "attention_layers": {int, list},
+    "layer_map": {list},
     "bridge_rank": {int},
     "test_benchmarks": {list},
     "tools": {list},

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from huggingface_hub import upload_folder
 from transformers import PrinterCallback, ProgressCallback
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from oprd.bridge import Bridge
 from oprd.durability.stopping import SIGNALS, Stopped, said_once
@@ -26,6 +26,7 @@ from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
 from oprd.training.preflight import check_attention
+from oprd.training.quantised import check_quantised, quantization_of
 from oprd.training.recipe import Configs, parse, repeated, resolved, second_stage, without_secrets
 from oprd.training.run_data import RunData, load_data
 from oprd.training.run_record import Call, say_whether_identical, start_manifest
@@ -63,7 +64,7 @@ def build_trainer(
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
-        quantization_config=get_quantization_config(model),
+        quantization_config=quantization_of(args, model),
         peft_config=get_peft_config(model),
         tools=data.tools,
     )
@@ -131,6 +132,7 @@ def _run(arguments: list[str], call: Call) -> tuple[Path, bool]:
     configs = parse(arguments)
     data, args = configs.data, configs.args
     check_surroundings(args, configs.model)
+    check_quantised(args, configs.model, second_stage=data.then is not None)
     directory = Path(args.output_dir)
     second = None if data.then is None else second_stage(arguments, data.then, directory)
     if second is None or not together(lambda: _is_finished(directory)):

@@ -11,12 +11,13 @@ from transformers import Trainer
 
 from oprd.durability.folders import publish, staging_of, writing
 from oprd.records import read_json, write_json
+from oprd.training.quantised import is_quantised, save_with_adapters
 
 
 def save_final(
     trainer: Trainer, directory: Path, announce: Callable[[Path], None] | None = None, *, goes_on: bool = False
 ) -> None:
-    """``from_pretrained`` folder with weights (adapters merged) and tokenizer, whole or not at all. Every process must call it.
+    """``from_pretrained`` folder with weights (adapters merged, or beside quantised weights) and tokenizer, whole or not at all. Every process must call it.
 
     Args:
         announce: called by the main process with the folder that is about to become ``directory``.
@@ -43,8 +44,11 @@ def _write(trainer: Trainer, directory: Path, *, goes_on: bool) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if hasattr(model, "merge_and_unload"):
         if trainer.accelerator.is_main_process:
-            merged = copy.deepcopy(model) if goes_on else model
-            merged.merge_and_unload().save_pretrained(directory)
+            if is_quantised(model):
+                save_with_adapters(model, directory, goes_on=goes_on)
+            else:
+                merged = copy.deepcopy(model) if goes_on else model
+                merged.merge_and_unload().save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
     elif trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin

@@ -35,6 +35,7 @@ from oprd.training.nonfinite import sampling
 from oprd.training.objective import Objective, teacher_states
 from oprd.training.opening import open_teachers, ready_teachers
 from oprd.training.pair import Pair, fit_prompts
+from oprd.training.quantised import widen_adapters
 from oprd.training.source import Source
 from oprd.training.supervision import accuracy, counted_rows, of_teacher, supervise
 from oprd.training.teachers import Routes, Teacher, named_teachers
@@ -145,6 +146,7 @@ class OPRDTrainer(CheckpointedTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        widen_adapters(self.model)
         self.vocab_size = opened[0].pair.shapes.vocab_size
         self._end_where_told(args.eos_token)
         self.teachers, self.lm_head, self.averages = ready_teachers(self, opened, args)
