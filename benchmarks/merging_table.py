@@ -86,20 +86,19 @@ ROWS = {
     "OPRD + head metric, own head": Row({**BOTH, "lm_head": "keep", "logit_weight": 1}, (2e-3, 4e-3), RECIPE),
     "OPD full KL, each row its teacher": Row({**BOTH, **OPD, "lm_head": "keep"}, OPD_RATES, RECIPE),
     "OPD full KL, mean of the heads": Row({**BOTH, **OPD, "lm_head": "teacher"}, (1e-3,), RECIPE),
-    "OPRD + full KL, mean of the heads": Row({**BOTH, "output_loss": "full", "lm_head": "teacher"}, (2e-3,), RECIPE),
-    "OPRD, plus then minus": Row({"lm_head": "teacher"}, (2e-3,), RECIPE, run=one_after_the_other),
+    "OPRD, plus then minus": Row({"lm_head": "teacher"}, (4e-3,), RECIPE, run=one_after_the_other),
     "OPD full KL, plus then minus": Row({**OPD, "lm_head": "keep"}, (1e-3,), RECIPE, run=one_after_the_other),
     "OPRD from the mean of the weights": Row(
-        {**BOTH, "lm_head": "teacher", "model_name_or_path": str(OUT / "mean")}, (2e-3,), RECIPE
+        {**BOTH, "lm_head": "teacher", "model_name_or_path": str(OUT / "mean")}, (4e-3,), RECIPE
     ),
-    "control: OPRD, all teachers on every row": Row({**ALL, "lm_head": "teacher"}, (2e-3,), RECIPE),
+    "control: OPRD, all teachers on every row": Row({**ALL, "lm_head": "teacher"}, (4e-3,), RECIPE),
     "control: OPRD, teachers swapped": Row(
         {
             **BOTH,
             "lm_head": "teacher",
             "teachers": json.dumps({skill: {"model_name_or_path": SPECIALISTS[o]} for skill, o in SWAPPED.items()}),
         },
-        (2e-3,),
+        (4e-3,),
         RECIPE,
     ),
 }
