@@ -30,7 +30,15 @@ class Average(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After an update."""
         if state.global_step % self._every == 0:
-            torch._foreach_lerp_(list(self._kept.values()), [p.data for p in self._student.values()], self._rate)
+            self._follow()
+            own = [p.data.to(self._kept[name].dtype) for name, p in self._student.items()]
+            torch._foreach_lerp_(list(self._kept.values()), own, self._rate)
+
+    def _follow(self) -> None:
+        """The student may have been moved since; a copy of it is where it was placed."""
+        for name, parameter in self._student.items():
+            if self._kept[name].device != parameter.device:
+                self._kept[name] = self._kept[name].to(parameter.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, as a checkpoint holds them."""
@@ -47,6 +55,7 @@ class Average(TrainerCallback):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the student has the averages for its weights."""
+        self._follow()
         before = {name: parameter.data for name, parameter in self._student.items()}
         for name, parameter in self._student.items():
             parameter.data = self._kept[name]

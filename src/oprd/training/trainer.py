@@ -318,7 +318,7 @@ class OPRDTrainer(CheckpointedTrainer):
             head = teacher.lend() if teacher.objective.uses_head else plain
         means = self._means.get(teacher.name)
         return Lesson(
-            teacher.objective, head, rollout, targets, teacher.name, None if means is None else means.weighting()
+            teacher.objective, head, rollout, targets, teacher.name, None if means is None else means.weighting
         )
 
     def _student_loss(self, student: nn.Module, lessons: list[Lesson]) -> tuple[Tensor, Terms, Sums]:

@@ -30,10 +30,14 @@ class LayerMeans(TrainerCallback):
         self._objective, self._meters, self._accelerator = objective, meters, accelerator
         self._prefix = "" if name is None else f"{name}/"
         empty = RunningMean.empty(len(objective.layers), device=accelerator.device)
-        self._distance, self._power = empty, empty
+        self._keep(empty, empty)
 
-    def weighting(self) -> Weighting:
-        """As of now; uniform until something has been measured."""
+    def _keep(self, distance: RunningMean, power: RunningMean) -> None:
+        self._distance, self._power = distance, power
+        self.weighting = self._weighting()
+
+    def _weighting(self) -> Weighting:
+        """As of now; uniform until something has been measured. Once an update, since it waits for the device."""
         objective, distance, power = self._objective, self._distance.value, self._power.value
         weights = focus = None
         if objective.layer_weighting != "uniform":
@@ -49,8 +53,7 @@ class LayerMeans(TrainerCallback):
         found = self._accelerator.reduce(found, reduction="sum")
         (distances, counts), (powers, _) = found
         if found.isfinite().all():  # else the update was left out
-            self._distance = self._distance.updated(distances, counts)
-            self._power = self._power.updated(powers, counts)
+            self._keep(self._distance.updated(distances, counts), self._power.updated(powers, counts))
 
     def _since_update(self, what: str) -> Tensor:
         """``[2, L]``: sums and counts."""
@@ -71,10 +74,11 @@ class LayerMeans(TrainerCallback):
                 "The checkpoint's running means are of other layers. Resume with its layers, or start a new run."
             )
         device = self._accelerator.device
-        self._distance, self._power = (
+        means = (
             RunningMean(*(state[f"{name}.{key}"].to(device) for key in ("sums", "counts")))
             for name in ("distance", "power")
         )
+        self._keep(*means)
 
 
 def layer_means(teachers: Sequence[Teacher], meters: Meters, accelerator: Accelerator) -> dict[str | None, LayerMeans]:
