@@ -15,6 +15,7 @@ from oprd.states import Crossing
 from oprd.training import preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.pairing import TeacherReader
+from oprd.training.quantised import check_origin
 from oprd.training.source import Source
 
 logger = get_logger(__name__)
@@ -83,6 +84,7 @@ def open_pair(
         ValueError: anything that pre-flight finds (`oprd.training.preflight`).
     """
     student.check("student", (args.model_init_kwargs or {}).get("attn_implementation"))
+    check_origin(student)
     teacher.check("teacher", (args.teacher_model_init_kwargs or {}).get("attn_implementation"))
     tokenizer = tokenizer or student.tokenizer("student", "processing_class")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
