@@ -15,8 +15,12 @@ from __future__ import annotations
 import random
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sweeping import Row, Table, main
+from sweeping import Key, Row, Table, main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OUT = Path("runs/compression")
 TEACHER = "miniature:wide-teacher"
@@ -42,6 +46,20 @@ def pruned(name: str) -> dict:
     return {"model_name_or_path": OUT / "students" / name, "teacher_model_name_or_path": TEACHER, "lm_head": "auto"}
 
 
+def merged(key: Key, directory: Path, arguments: dict) -> Path:
+    """The student of `QUANTISED` with its adapters merged into the 4 bits, as it would be if it were saved so."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    base = _quantised("miniature:teacher", "fp4")
+    trained = TABLE.directory_of((QUANTISED, *key[1:])) / "final"
+    student = PeftModel.from_pretrained(base, trained, use_safetensors=True)
+    student.merge_and_unload().save_pretrained(directory / "final")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(directory / "final")
+    return directory / "final"
+
+
+QUANTISED = "fp4 + LoRA, OPRD"
 ROWS = {
     "4 layers, OPRD": Row({**pruned("4-layers"), **OPRD}, (1e-3, 2e-3)),
     "4 layers, OPD full KL": Row({**pruned("4-layers"), **KL}, (5e-4, 1e-3)),
@@ -49,8 +67,9 @@ ROWS = {
     "control: 4 layers at random, OPRD": Row({**pruned("4-layers-random"), **OPRD}, (2e-3,), seeds=(0,)),
     "5 layers, OPRD": Row({**pruned("5-layers"), **OPRD}, (2e-3,), seeds=(0,)),
     "5 layers, OPD full KL": Row({**pruned("5-layers"), **KL}, (1e-3,), seeds=(0,)),
-    "fp4 + LoRA, OPRD": Row({**FOUR_BITS, **OPRD}, (2e-3,), seeds=(0,)),
+    QUANTISED: Row({**FOUR_BITS, **OPRD}, (2e-3,), seeds=(0,)),
     "fp4 + LoRA, OPD full KL": Row({**FOUR_BITS, **KL}, (2e-3,), seeds=(0,)),
+    "control: fp4 + LoRA, OPRD, merged into 4 bits": Row({}, (2e-3,), seeds=(0,), run=merged),
 }
 UNTRAINED = {
     "teacher, 6 layers": (TEACHER, 44),
@@ -85,7 +104,10 @@ def random_layers(keep: int) -> tuple[int, ...]:
 
 def make_students() -> None:
     """Pruned by influence on the miniature's prompts and the teacher's answers to them, and at random; quantised."""
+    from transformers import AutoTokenizer
+
     from oprd.compression.prune import Choice, Probing, prune
+    from oprd.models import resolve_path
 
     for name, choice in (
         ("5-layers", Choice(keep=5)),
@@ -96,20 +118,19 @@ def make_students() -> None:
             prune(TEACHER, OUT / "students" / name, choice, Probing("miniature:train.jsonl", answers=44))
     for name in ("fp4", "nf4"):
         if not (OUT / "students" / name).exists():
-            _quantise("miniature:teacher", OUT / "students" / name, name)
+            _quantised("miniature:teacher", name).save_pretrained(OUT / "students" / name)
+            AutoTokenizer.from_pretrained(resolve_path("miniature:teacher")).save_pretrained(OUT / "students" / name)
 
 
-def _quantise(model: str, folder: Path, kind: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+def _quantised(model: str, kind: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from oprd.models import resolve_path
 
     if find_spec("bitsandbytes") is None:
         raise SystemExit('The quantised rows need bitsandbytes: pip install "oprd[quantized]".')
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
-    path = resolve_path(model)
-    AutoModelForCausalLM.from_pretrained(path, quantization_config=config, use_safetensors=True).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(resolve_path(model), quantization_config=config, use_safetensors=True)
 
 
 if __name__ == "__main__":

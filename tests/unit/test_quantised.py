@@ -14,8 +14,9 @@ from oprd.evaluation.sampling import load_engine
 from oprd.lineage.card import _loading
 from oprd.training import quantised
 from oprd.training.callbacks import read_metrics
-from oprd.training.quantised import check_quantised, quantization_of, widen_adapters
+from oprd.training.quantised import check_origin, check_quantised, quantization_of, widen_adapters
 from oprd.training.run import run
+from oprd.training.source import Source
 from tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -72,6 +73,19 @@ def test_adapters_of_quantised_weights_are_float32(quantised_base):
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     assert trained == {torch.float32 if quantised_base else torch.bfloat16}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", None])
+def test_a_student_that_is_quantised_in_its_files(tmp_path, method):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantised_config = {} if method is None else {"quantization_config": {"quant_method": method, "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config | quantised_config))
+    if method != "bitsandbytes":
+        check_origin(Source(str(tmp_path)))
+        return
+    with pytest.raises(ValueError, match=r"is quantised in its files.*Name the model that it was quantised from"):
+        check_origin(Source(str(tmp_path)))
 
 
 def test_the_card_says_how_to_load_it():

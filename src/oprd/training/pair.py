@@ -18,6 +18,7 @@ from oprd.training import preflight
 from oprd.training.config import OPRDConfig
 from oprd.training.pairing import TeacherReader
 from oprd.training.privileged import PromptTemplate
+from oprd.training.quantised import check_origin
 from oprd.training.source import Source
 from oprd.training.tools import check_one_rendering, check_tools, rendering
 
@@ -87,6 +88,7 @@ def open_pair(
         ValueError: anything that pre-flight finds (`oprd.training.preflight`).
     """
     student.check("student", (args.model_init_kwargs or {}).get("attn_implementation"))
+    check_origin(student)
     teacher.check("teacher", (args.teacher_model_init_kwargs or {}).get("attn_implementation"))
     tokenizer = tokenizer or student.tokenizer("student", "processing_class")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

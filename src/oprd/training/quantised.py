@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_quantization_config
 
 from oprd.models import causal_lm, resolve_path
+from oprd.training.source import Source
 
 logger = get_logger(__name__)
 
@@ -56,6 +57,22 @@ def check_quantised(args: Any, model: ModelConfig, *, second_stage: bool = False
         raise ValueError(
             f"then: with {bits}: true the first stage ends with a quantised student and adapters, which cannot be trained on. "
             f"Remove then or {bits}."
+        )
+
+
+def check_origin(student: Source) -> None:
+    """A student is quantised when it is loaded, not before: what was loaded quantised transformers cannot save again (seen
+    in 5.23), which would show after the last step.
+
+    Raises:
+        ValueError: its files hold weights that bitsandbytes has quantised.
+    """
+    found = getattr(student.config, "quantization_config", None) if student.is_path else None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if getattr(method, "value", method) == "bitsandbytes":
+        raise ValueError(
+            f"The student {student.model} is quantised in its files, and could not be saved again. Name the model that it was "
+            "quantised from, with load_in_4bit or load_in_8bit."
         )
 
 
