@@ -12,7 +12,8 @@ from oprd.insight.planner import GB, plan_setup
 from oprd.insight.recipe_plan import setup_of
 from oprd.objectives import position_weights, select_positions
 from oprd.states import make_rollout
-from oprd.training.objective import Objective, question_of, student_loss, teacher_states
+from oprd.training.lessons import student_loss
+from oprd.training.objective import Objective, question_of, teacher_states
 from oprd.training.preflight import check_layer_map, check_models
 from oprd.training.recipe import parse
 from tiny import (
