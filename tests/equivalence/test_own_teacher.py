@@ -1,11 +1,13 @@
 """The student as its own teacher, against a loop by hand: which weights teach, what they read, where the pairs lie."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 
+from oprd.training.own_teacher import Average
 from tiny import PROMPTS, canned_completion, canned_trainer, logged, reference_states, tiny_model, tiny_tokenizer
 
 HINTS = ["s", "solution9", "q1", "hint", "a", "bb", "ccc", "d4"] * 2
@@ -234,3 +236,45 @@ def test_the_head_is_left_alone(tmp_path):
     assert (trainer.lm_head, trainer.objective.logit_weight) == ("keep", 0.0)
     tied = canned_trainer(tmp_path, model=tiny_model(seed=0, tied=True), teacher_model_kind="base", **OWN)
     assert (tied.lm_head, tied.objective.logit_weight) == ("keep", 1.0)  # its head moves with the embeddings
+
+
+def test_an_average_of_half_precision_weights_is_kept_in_float32():
+    """A share of a small step is less than a bf16 number can take up; adding such steps up must not lose them."""
+    student = {"w": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
+    kept = {"w": torch.ones(4, dtype=torch.bfloat16)}
+    average = Average(student, kept, 0.01, 1)
+    student["w"].data += 0.0625
+    for step in range(1, 101):
+        average.on_step_end(None, SimpleNamespace(global_step=step), None)
+    expected = 1 + 0.0625 * (1 - 0.99**100)
+    torch.testing.assert_close(average.state_dict()["w"], torch.full((4,), expected))
+    torch.testing.assert_close(kept["w"].float(), torch.full((4,), expected), atol=0.004, rtol=0)
+    again = Average(student, {"w": torch.zeros(4, dtype=torch.bfloat16)}, 0.01, 1)
+    again.load_state_dict(average.state_dict())
+    assert again.state_dict()["w"].equal(average.state_dict()["w"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        ({"offload_teacher": True}, LORA, "offload_teacher would be ignored"),
+        ({"teacher_load_in_8bit": True}, {}, "already a model|needs bitsandbytes"),
+        ({}, {"teacher_processing_class": tiny_tokenizer()}, "teacher_processing_class would be ignored"),
+        (
+            {"max_completion_length": 116},
+            {},
+            "teacher_prompt_template makes a prompt of 16 tokens, without any privileged",
+        ),
+    ],
+)
+def test_what_an_own_teacher_cannot_have(tmp_path, settings, given, message):
+    with pytest.raises(ValueError, match=message):
+        canned_trainer(tmp_path, teacher_model_kind="base", trainer_kwargs=given, **OWN, **settings)
+
+
+def test_a_pruned_student_teaches_itself(tmp_path):
+    """Layer l with layer l: the recorded map is for the model that it was pruned from."""
+    model = tiny_model(seed=0)
+    model.config.oprd_layer_map = [1, 2, 5]
+    trainer = canned_trainer(tmp_path, model=model, teacher_model_kind="live", **OWN)
+    assert trainer.objective.layer_map is None

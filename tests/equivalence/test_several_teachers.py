@@ -237,3 +237,65 @@ def test_no_rule_for_a_row(tmp_path):
 def test_a_teacher_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="teachers: odd: The student has 3 layers of width 16, the teacher 5"):
         canned_trainer(tmp_path, teacher={"even": tiny_model(seed=1), "odd": tiny_model(seed=2, **WIDE)}, **NAMED)
+
+
+def test_shares_of_one_named_teacher(tmp_path):
+    """Where all read every row weights are shares, of one teacher the whole."""
+    one = canned_trainer(
+        tmp_path / "a", teacher={"a": tiny_model(seed=1)}, teachers={"a": {"weight": 3}}, logit_weight=0
+    )
+    plain = canned_trainer(tmp_path / "b", teacher=tiny_model(seed=1), logit_weight=0)
+    for trainer in (one, plain):
+        trainer.train()
+    assert logged(one) == pytest.approx(logged(plain), rel=1e-6)
+
+
+def test_a_share_of_pairs_is_not_logged_where_a_teacher_reads_nothing(tmp_path):
+    teachers = {name: {"when": {"prompt": p}} if p else {} for name, p in (("even", "abcdef|^ab$"), ("odd", None))}
+    settings = {"teacher_prompt_template": "a{prompt}", "logit_weight": 0, "lm_head": "keep", "logging_steps": 2}
+    trainer = canned_trainer(tmp_path, teacher=models(), teachers=teachers, **settings)
+    trainer.train()
+    assert logged(trainer, "even/paired_share") == logged(trainer, "odd/paired_share") == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"representation_loss": "transition", "transition_over": "layers"}, "what a bridge can have"),
+        ({"layer_map": [1, 2, 3]}, "layer_map would be ignored: a bridge"),
+        ({"layer_weighting": "teacher_rms"}, "teacher_rms would be ignored: through a bridge"),
+    ],
+)
+def test_settings_that_a_bridge_leaves_nothing_of(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        canned_trainer(
+            tmp_path, teacher=tiny_model(seed=2, **WIDE), trainer_kwargs={"bridge": random_bridge()}, **settings
+        )
+
+
+def test_the_student_itself_among_them(tmp_path):
+    student = tiny_model(seed=0)
+    with pytest.raises(ValueError, match="Student and teacher are one object"):
+        canned_trainer(tmp_path, model=student, teacher={"even": student, "odd": tiny_model(seed=1)}, **NAMED)
+
+
+def test_a_second_stage_does_not_inherit_bridges(tmp_path):
+    from oprd.training.recipe import second_stage
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model_name_or_path: x\nteachers: {a: {model_name_or_path: y, bridge: z}}\n")
+    with pytest.raises(ValueError, match="then: the bridge of a was fitted for the student of the first stage"):
+        second_stage(["--config", str(recipe)], {"output_loss": "full"}, tmp_path)
+
+
+def test_a_record_tells_bridges_apart(tmp_path):
+    from oprd.training.config import OPRDConfig
+    from oprd.training.teacher import teacher_record
+
+    records = []
+    for seed in (0, 1):
+        random_bridge(seed=seed).save_pretrained(tmp_path / f"bridge-{seed}")
+        settings = {"a": {"model_name_or_path": "miniature:teacher", "bridge": str(tmp_path / f"bridge-{seed}")}}
+        args = OPRDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", teachers=settings)
+        records.append(teacher_record(args, {}))
+    assert records[0]["hash"] != records[1]["hash"]

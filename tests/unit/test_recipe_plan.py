@@ -173,3 +173,40 @@ def test_what_training_would_refuse_is_refused(recipe, settings, message):
 def test_sharding_needs_several_gpus(recipe):
     with pytest.raises(ValueError, match="set --gpus"):
         plan_recipe(recipe(), gpu_memory=80, sharding="zero2")
+
+
+TEACHERS = {
+    "changes": {"representation_loss": "transition", "transition_over": "both"},
+    "maps": {"attention_weight": 1.0, "attention_keys": 8},
+    "weights": {"layer_weighting": "adaptive", "positions": "adaptive"},
+    "itself, live": {
+        "teacher_model_name_or_path": None,
+        "teacher_model_kind": "live",
+        "teacher_prompt_template": "{prompt}{hint}",
+    },
+    "itself, a copy": {
+        "teacher_model_name_or_path": None,
+        "teacher_model_kind": "base",
+        "teacher_prompt_template": "{prompt}{hint}",
+    },
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_what_is_compared_with_whom(recipe, case):
+    plain, found = (plan_recipe(recipe(**settings), gpu_memory=80).plan for settings in ({}, TEACHERS[case]))
+    assert found.peak > 0
+    assert found.teacher == (0 if case == "itself, live" else plain.teacher)
+
+
+def test_several_teachers(recipe, tmp_path):
+    teachers = {name: {"model_name_or_path": str(tmp_path / "teacher")} for name in "abc"}
+    alone = {"teacher_model_name_or_path": None, "teachers": teachers}
+    plain = plan_recipe(recipe(), gpu_memory=80).plan
+    together = plan_recipe(recipe(**alone), gpu_memory=80)
+    routed = plan_recipe(recipe(**alone, teacher_column="kind"), gpu_memory=80).plan
+    apart = plan_recipe(recipe(**alone, teacher_column="kind", offload_teacher=True), gpu_memory=80).plan
+    assert together.plan.teacher == routed.teacher == pytest.approx(3 * plain.teacher, rel=1e-3)  # buffers aside
+    assert together.plan.targets == 3 * plain.targets and routed.targets == plain.targets
+    assert apart.teacher == 3 * plain.counts.teacher_head
+    assert any("of 3 teachers the largest" in note for note in together.notes)

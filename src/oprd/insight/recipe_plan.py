@@ -64,7 +64,8 @@ def setup_of(
     rank = _bridge_rank(args.bridge, fit.bridge_rank, own, other)
     compared = rank is None and args.representation_weight > 0
     depths = own.num_hidden_layers, other.num_hidden_layers
-    layer_map = check_layer_map(args.layer_map, recorded_layer_map(student), *depths) if compared else None
+    recorded = None if args.teacher_model_kind is not None else recorded_layer_map(student)
+    layer_map = check_layer_map(args.layer_map, recorded, *depths) if compared else None
     same_depth = layer_map is not None or depths[0] == depths[1]
     if compared and not (same_depth and own.hidden_size == other.hidden_size):
         raise ValueError(

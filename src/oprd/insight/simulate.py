@@ -20,7 +20,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from oprd import models
 from oprd.insight.live_bytes import LiveBytes
 from oprd.objectives import map_layers, position_weights, projection, select_positions, with_previous
-from oprd.states import Rollout, make_rollout, only, pack, tile_mlps, use_packed_attention
+from oprd.states import (
+    Rollout,
+    make_rollout,
+    only,
+    pack,
+    tile_mlps,
+    use_observed_attention,
+    use_packed_attention,
+)
 from oprd.training.lessons import student_loss
 from oprd.training.objective import Objective, teacher_states
 
@@ -124,6 +132,8 @@ def simulate(shapes: Shapes, objective: Objective) -> Counts:
         tile_mlps(teacher)
         tile_mlps(student, with_gradient=shapes.tile_mlp)
         student = _prepared(student, shapes, objective)
+        for model in (student, teacher) if objective.attention_weight else ():
+            use_observed_attention(model)
     with mode:
         for model in (student, teacher):
             _take_shape(model)

@@ -97,7 +97,7 @@ class AtLayers:
                 here.project,
                 focus=self._focus(layer),
             )
-            self._measure("transition_cosine", layer, found, int((weights_N > 0).sum()))
+            self._measure("transition_cosine", layer, found, (weights_N > 0).sum())
             terms.append(found.loss)
         if over != "positions" and self._below is not None:
             weights_N = rollout.state_weights_N
@@ -116,8 +116,8 @@ class AtLayers:
             return None
         return weighting.focus[self._layers.index(layer)]
 
-    def _measure(self, what: str, layer: int, found: StateSums, count: int) -> None:
-        number = torch.tensor(float(count), device=found.cosine.device)
+    def _measure(self, what: str, layer: int, found: StateSums, count: int | Tensor) -> None:
+        number = torch.as_tensor(count, dtype=torch.float32, device=found.cosine.device)
         self._sums[f"{what}/layer_{layer:02d}"] = (found.cosine, number)
         if self._lesson.objective.needs_means:
             self._sums[f"{DISTANCE}/layer_{layer:02d}"] = (found.distance, number)

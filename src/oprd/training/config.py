@@ -153,6 +153,8 @@ class OPRDConfig(DistillationConfig):
             offload_targets=False,
         )
         self._check_changes_and_maps()
+        if self.positions == "adaptive" and not self.representation_weight:
+            raise ValueError("positions: adaptive would be ignored (representation_weight is 0). Use positions: all.")
         self.refuse_ignored(self.bridge is not None, "a bridge has a layer map of its own", layer_map=None)
         if self.trainable == "head" and self.output_loss == "none" and not self.logit_weight:
             raise ValueError("trainable: head needs a term that reaches the LM head: set output_loss or logit_weight.")

@@ -28,8 +28,11 @@ from oprd.training.own_teacher import Average, OwnTeacher, average_of_copy
 from oprd.training.pair import Pair, open_bridge, open_pair
 from oprd.training.privileged import PromptTemplate
 from oprd.training.source import Source
-from oprd.training.teacher import load_teacher, open_teacher
+from oprd.training.teacher import check_settings, load_teacher, open_teacher
 from oprd.training.teachers import Named, Routes, Teacher
+
+
+LONGEST = 64  # prompts that are rendered to see whether the teacher's fit
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ def open_teachers(
     for one in named:
         try:
             bridge = open_bridge(one.args.bridge if one.bridge is None else one.bridge)
-            if bridge is not None and not one.args.representation_weight:
-                raise ValueError("The bridge would be ignored: representation_weight is 0.")
+            if bridge is not None:
+                _check_through_bridge(one.args)
             own = one.args.teacher_model_kind
             if own is None:
                 model, source = open_teacher(one.model, one.args)
@@ -88,8 +91,7 @@ def open_teachers(
                 tokenizer = given = tokenizer or student.tokenizer("student", "processing_class")
                 source = student
                 model = None if own == "live" or has_adapter else student.model
-                if one.model is not None:
-                    raise ValueError("teacher_model beside teacher_model_kind: the student teaches itself. Remove one.")
+                _check_own(one, model, teacher_tokenizers)
             pair = open_pair(
                 one.args,
                 student,
@@ -108,6 +110,61 @@ def open_teachers(
         tokenizer = pair.tokenizer
         found.append(Opened(one, model, pair))
     return found
+
+
+def _check_through_bridge(args: OPRDConfig) -> None:
+    """Settings that a bridge leaves nothing of."""
+    if not args.representation_weight:
+        raise ValueError("The bridge would be ignored: representation_weight is 0.")
+    if args.layer_map is not None:
+        raise ValueError("layer_map would be ignored: a bridge has a layer map of its own. Remove it.")
+    if args.representation_loss == "transition" and args.transition_over != "positions":
+        raise ValueError(
+            "transition_over: positions is what a bridge can have: every layer has a basis of its own there. Set it so."
+        )
+    if args.layer_weighting == "teacher_rms" and args.representation_loss != "mse":
+        raise ValueError(
+            "layer_weighting: teacher_rms would be ignored: through a bridge states are normalised. Use uniform or adaptive, or "
+            "representation_loss: mse."
+        )
+
+
+def _check_own(one: Named, model: Any, teacher_tokenizers: Any) -> None:
+    """Settings of another teacher where the student is its own; ``model`` is what its copy is made of, None if there is none."""
+    if one.model is not None or teacher_tokenizers is not None:
+        raise ValueError(
+            "teacher_model and teacher_processing_class would be ignored: with teacher_model_kind the student teaches itself. Remove "
+            "them, or teacher_model_kind."
+        )
+    if model is None:
+        why = "the teacher has no weights of its own"
+        one.args.refuse_ignored(True, why, offload_teacher=False, teacher_load_in_8bit=False)
+    else:
+        args = copy.copy(one.args)
+        args.teacher_model_init_kwargs = None
+        check_settings(args, is_path=isinstance(model, str))
+
+
+def check_room(opened: list[Opened], rows: Dataset | IterableDataset, args: OPRDConfig) -> None:
+    """Teachers' prompts leave room for the longest response, at least without their privileged text.
+
+    Raises:
+        ValueError: one of the longest prompts does not, with what to change.
+    """
+    readers = [one.pair.reader for one in opened if one.pair.reader is not None]
+    readers = [reader for reader in readers if reader.prompt_template is not None and reader.context is not None]
+    if not readers or isinstance(rows, IterableDataset):
+        return
+    longest = sorted(range(len(rows)), key=lambda number: -len(str(rows[number]["prompt"])))[:LONGEST]
+    for reader in readers:
+        for row in map(rows.__getitem__, longest):
+            length = len(reader.prompt_ids(reader.prompt_template.fill(row, 0)))
+            if length + args.max_completion_length > reader.context:
+                raise ValueError(
+                    f"teacher_prompt_template makes a prompt of {length} tokens, without any privileged text, of "
+                    f"{str(row['prompt'])[:60]!r}: with a response of {args.max_completion_length} it does not fit the teacher's context of "
+                    f"{reader.context}. Lower max_completion_length or max_prompt_length, or shorten the template."
+                )
 
 
 def ready_teachers(
@@ -217,7 +274,7 @@ def _observe(student: nn.Module, apart: list[nn.Module], pairs: list[Pair]) -> N
 
 def _shares(teachers: list[Teacher], *, routed: bool) -> list[Teacher]:
     """Where all read every row, weights that add up to 1, so that the loss is as large as one teacher's."""
-    if routed or len(teachers) == 1:
+    if routed or teachers[0].name is None:
         return teachers
     total = sum(teacher.weight for teacher in teachers)
     return [replace(teacher, weight=teacher.weight / total) for teacher in teachers]

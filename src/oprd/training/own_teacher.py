@@ -25,32 +25,39 @@ class Average(TrainerCallback):
 
     def __init__(self, student: dict[str, nn.Parameter], kept: dict[str, Tensor], rate: float, every: int) -> None:
         self._student, self._kept, self._rate, self._every = student, kept, rate, every
+        # In half precision a small share of a small step is often less than a tensor can take up.
+        self._exact = {name: tensor.float() for name, tensor in kept.items() if tensor.dtype.itemsize < 4}
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After an update."""
         if state.global_step % self._every == 0:
             self._follow()
-            own = [p.data.to(self._kept[name].dtype) for name, p in self._student.items()]
-            torch._foreach_lerp_(list(self._kept.values()), own, self._rate)
+            exact = self._kept | self._exact
+            own = [p.data.to(exact[name].dtype) for name, p in self._student.items()]
+            torch._foreach_lerp_([exact[name] for name in self._student], own, self._rate)
+            for name, tensor in self._exact.items():
+                self._kept[name].copy_(tensor)
 
     def _follow(self) -> None:
         """The student may have been moved since; a copy of it is where it was placed."""
         for name, parameter in self._student.items():
-            if self._kept[name].device != parameter.device:
-                self._kept[name] = self._kept[name].to(parameter.device)
+            for tensors in (self._kept, self._exact):
+                if name in tensors and tensors[name].device != parameter.device:
+                    tensors[name] = tensors[name].to(parameter.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, as a checkpoint holds them."""
-        return {name: tensor.detach() for name, tensor in self._kept.items()}
+        return {name: tensor.detach() for name, tensor in (self._kept | self._exact).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for the averages of other parameters."""
         if state.keys() != self._kept.keys():
             raise ValueError("The checkpoint's averaged teacher has other parameters than this one. Start a new run.")
-        for name, tensor in self._kept.items():
-            tensor.copy_(state[name])
+        for tensors in (self._kept, self._exact):
+            for name, tensor in tensors.items():
+                tensor.copy_(state[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

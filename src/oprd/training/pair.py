@@ -122,6 +122,7 @@ def open_pair(
         other_tokenizer=teacher_tokenizer if crosses else None,
         bridge=bridge,
         layer_map=args.layer_map,
+        teaches_itself=args.teacher_model_kind is not None,
     )
     if args.attention_weight:
         select_layers(args.attention_layers, shapes.num_layers)

@@ -90,7 +90,8 @@ class TeacherReader:
             if self.context is not None and len(rows[-1]) > self.context:
                 raise ValueError(
                     f"A prompt of {len(before)} and a response of {len(crossed.teacher_ids)} teacher tokens do not fit the "
-                    f"teacher's context of {self.context}. Lower max_completion_length."
+                    f"teacher's context of {self.context}. Lower max_completion_length"
+                    + (" or max_prompt_length, or shorten teacher_prompt_template." if self.prompt_template else ".")
                 )
             columns.append(self._columns(crossed, len(before), mask, width))
             chains.append(self._chains(crossed, len(before), mask.nonzero().flatten().tolist()))

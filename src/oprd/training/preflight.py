@@ -55,6 +55,7 @@ def check_models(
     other_tokenizer: PreTrainedTokenizerBase | None = None,
     bridge: Bridge | None = None,
     layer_map: Sequence[int] | None = None,
+    teaches_itself: bool = False,
 ) -> Shapes:
     """Width, depth and vocabulary.
 
@@ -64,6 +65,7 @@ def check_models(
         other_tokenizer: the teacher's, where it has another vocabulary.
         bridge: what states are compared through.
         layer_map: the teacher's layer of each student layer, as the user has it; else what a pruned student records.
+        teaches_itself: the teacher is the student, whatever that was pruned from.
 
     Raises:
         ValueError: shapes that cannot be compared, a bridge or a layer map for other shapes, or a model with fewer embeddings than its
@@ -85,7 +87,7 @@ def check_models(
     if bridge is not None:
         _check_bridge_shapes(bridge, depths, widths)
     elif compares_states:
-        mapped = check_layer_map(layer_map, recorded_layer_map(student), *depths)
+        mapped = check_layer_map(layer_map, None if teaches_itself else recorded_layer_map(student), *depths)
     if compares_states and bridge is None and ((mapped is None and depths[0] != depths[1]) or widths[0] != widths[1]):
         raise ValueError(
             f"The student has {depths[0]} layers of width {widths[0]}, the teacher {depths[1]} of width {widths[1]}. "

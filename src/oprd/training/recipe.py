@@ -195,6 +195,12 @@ def second_stage(arguments: list[str], then: dict[str, Any], first: Path) -> dic
     if "bridge" not in then:  # a bridge belongs to the student that it was fitted for, and that one has moved
         for key in ("bridge", *BRIDGE_HELP):
             second.pop(key, None)
+    inherited = {} if "teachers" in then or not isinstance(second.get("teachers"), dict) else second["teachers"]
+    if bridged := [name for name, settings in inherited.items() if isinstance(settings, dict) and "bridge" in settings]:
+        raise ValueError(
+            f"then: the bridge of {bridged[0]} was fitted for the student of the first stage. Name the teachers of the second stage "
+            "in then: teachers."
+        )
     with tempfile.TemporaryDirectory() as folder:  # what is wrong with it is to be known before the first stage starts
         path = Path(folder) / "then.yaml"
         path.write_text(yaml.safe_dump(second), encoding="utf-8")

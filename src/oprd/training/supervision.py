@@ -109,10 +109,10 @@ def _for_one(
     shortened = (read["teacher_left_out"] > 0) & generated.any(1)
     counts = torch.stack([(generated & has_partner).sum(), generated.sum(), shortened.sum()])
     paired, positions, shortened = accelerator.reduce(counts.float(), reduction="sum").tolist()
-    told = {"paired_share": paired / max(positions, 1)}
+    told = {"paired_share": paired / positions} if positions else {}
     if reader.prompt_template is not None:
         told["privileged/shortened"] = shortened
-    if teacher.objective.representation_weight and reader.crossing is not None:
+    if positions and teacher.objective.representation_weight and reader.crossing is not None:
         reader.check_pairs(batch, generated, args.min_paired_share, told["paired_share"])
     masks["state"] = masks["state"] & has_partner
     return read, masks, told

@@ -57,7 +57,7 @@ def teacher_record(args: OPRDConfig, student: dict[str, Any]) -> dict[str, Any]:
         return {**student, "kind": args.teacher_model_kind}
     if args.teachers is not None:
         each = {name: _record(**settings) for name, settings in args.teachers.items()}
-        files = {name: record["hash"] for name, record in each.items()}
+        files = {name: record["hash"] + record.get("bridge", {}).get("hash", "") for name, record in each.items()}
         return {"name": " + ".join(each), "revision": None, "hash": combined_hash(files), "teachers": each}
     return _record(
         args.teacher_model_name_or_path, args.teacher_model_revision, args.teacher_url, args.teacher_token_file
@@ -69,9 +69,11 @@ def _record(
     model_revision: str | None = None,
     url: str | None = None,
     token_file: str | None = None,
+    bridge: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    return connect(url, token_file).record if url is not None else model_record(model_name_or_path, model_revision)
+    record = connect(url, token_file).record if url is not None else model_record(model_name_or_path, model_revision)
+    return record if bridge is None else {**record, "bridge": model_record(bridge)}
 
 
 def check_settings(args: OPRDConfig, *, is_path: bool) -> None:

@@ -93,7 +93,7 @@ def named_teachers(args: Any, model: Any = None, bridge: Any = None) -> list[Nam
         )
         alone.teacher_url, alone.teacher_token_file = own.get("url"), own.get("token_file")
         alone.bridge = own.get("bridge")
-        if alone.teacher_model_name_or_path is None:  # nothing is loaded here
+        if alone.teacher_model_name_or_path is None and not isinstance(models.get(name), str):  # nothing is loaded here
             alone.teacher_model_init_kwargs = None
         rules = rules_of(f"teachers: {name}", own.get("when"))
         found.append(Named(name, alone, models.get(name), bridges.get(name), own.get("weight", 1.0), rules))

@@ -33,7 +33,7 @@ from oprd.training.meters import MemoryWatch, Meters, Stopwatch
 from oprd.training.microbatches import MicroBatch
 from oprd.training.nonfinite import sampling
 from oprd.training.objective import Objective, teacher_states
-from oprd.training.opening import open_teachers, ready_teachers
+from oprd.training.opening import check_room, open_teachers, ready_teachers
 from oprd.training.pair import Pair, fit_prompts
 from oprd.training.quantised import widen_adapters
 from oprd.training.source import Source
@@ -106,7 +106,8 @@ class OPRDTrainer(CheckpointedTrainer):
             raise ValueError('vLLM is not installed: pip install "oprd[vllm]", or set use_vllm: false.')
         has_adapter = peft_config is not None or hasattr(model, "get_base_model")
         check_engine(args, has_adapter=has_adapter)
-        if teacher_model is model and not isinstance(model, str):
+        given = list(teacher_model.values()) if isinstance(teacher_model, dict) else [teacher_model]
+        if any(one is model for one in given) and not isinstance(model, str):
             raise ValueError(
                 "Student and teacher are one object, and the teacher is frozen. Pass a copy of it, or have the student teach "
                 "itself with teacher_model_kind."
@@ -131,6 +132,7 @@ class OPRDTrainer(CheckpointedTrainer):
         tokenizer = opened[0].pair.tokenizer
         contexts = [one.pair.shapes.context for one in opened if one.pair.shapes.context is not None]
         train_dataset = fit_prompts(train_dataset, tokenizer, args, min(contexts, default=None), tools or ())
+        check_room(opened, train_dataset, args)
 
         # The base class insists on equal vocabulary sizes and keeps the teacher's head; the teacher is set up below.
         super().__init__(
