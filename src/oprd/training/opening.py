@@ -31,7 +31,6 @@ from oprd.training.source import Source
 from oprd.training.teacher import check_settings, load_teacher, open_teacher
 from oprd.training.teachers import Named, Routes, Teacher
 
-
 LONGEST = 64  # prompts that are rendered to see whether the teacher's fit
 
 
