@@ -50,7 +50,9 @@ def prepare() -> None:
 
     if not (OUT / "mean").exists():
         paths = [resolve_path(SPECIALISTS[skill]) for skill in SIGNS]
-        one, other = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in paths)
+        one, other = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True) for path in paths
+        )
         with torch.no_grad():
             for a, b in zip(one.parameters(), other.parameters(), strict=True):
                 a.copy_((a + b) / 2)

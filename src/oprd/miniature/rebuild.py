@@ -145,7 +145,7 @@ def _supervise(run: Run, directory: Path, announce) -> None:
     if run.start is None:
         model = build_model(tokenizer, seed=run.seed, **run.shape)
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory / run.start, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(directory / run.start, dtype=torch.float32, use_safetensors=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, run.warmup, run.schedule)
     rng = random.Random(run.seed)
