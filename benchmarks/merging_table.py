@@ -87,13 +87,15 @@ ROWS = {
     "OPRD, each row its teacher": Row({**BOTH, "lm_head": "teacher"}, OPRD_RATES, RECIPE),
     "OPRD + head metric, own head": Row({**BOTH, "lm_head": "keep", "logit_weight": 1}, (2e-3, 4e-3), RECIPE),
     "OPD full KL, each row its teacher": Row({**BOTH, **OPD, "lm_head": "keep"}, OPD_RATES, RECIPE),
-    "OPD full KL, mean of the heads": Row({**BOTH, **OPD, "lm_head": "teacher"}, (1e-3,), RECIPE),
+    "OPD full KL, mean of the heads": Row({**BOTH, **OPD, "lm_head": "teacher"}, (5e-4,), RECIPE, seeds=(0,)),
     "OPRD, plus then minus": Row({"lm_head": "teacher"}, (4e-3,), RECIPE, run=one_after_the_other),
-    "OPD full KL, plus then minus": Row({**OPD, "lm_head": "keep"}, (1e-3,), RECIPE, run=one_after_the_other),
-    "OPRD from the mean of the weights": Row(
-        {**BOTH, "lm_head": "teacher", "model_name_or_path": str(OUT / "mean")}, (4e-3,), RECIPE
+    "OPD full KL, plus then minus": Row(
+        {**OPD, "lm_head": "keep"}, (5e-4,), RECIPE, seeds=(0,), run=one_after_the_other
     ),
-    "control: OPRD, all teachers on every row": Row({**ALL, "lm_head": "teacher"}, (4e-3,), RECIPE),
+    "OPRD from the mean of the weights": Row(
+        {**BOTH, "lm_head": "teacher", "model_name_or_path": str(OUT / "mean")}, (4e-3,), RECIPE, seeds=(0,)
+    ),
+    "control: OPRD, all teachers on every row": Row({**ALL, "lm_head": "teacher"}, (4e-3,), RECIPE, seeds=(0,)),
     "control: OPRD, teachers swapped": Row(
         {
             **BOTH,
@@ -102,6 +104,7 @@ ROWS = {
         },
         (4e-3,),
         RECIPE,
+        seeds=(0,),
     ),
 }
 TABLE = Table(

@@ -36,13 +36,13 @@ RATES = (5e-4, 1e-3, 2e-3)
 RECIPE = "benchmarks/table.yaml"
 ROWS = {
     "OPRSD, frozen start": Row({**OWN, **BASE}, RATES, RECIPE),
-    "full KL, frozen start": Row({**OWN, **OPD, **BASE}, RATES, RECIPE),
-    "OPRSD, moving average": Row({**OWN, **EMA}, (1e-3,), RECIPE),
-    "full KL, moving average": Row({**OWN, **OPD, **EMA}, (1e-3,), RECIPE),
-    "OPRSD, live": Row({**OWN, **LIVE}, (1e-3,), RECIPE),
-    "full KL, live": Row({**OWN, **OPD, **LIVE}, (1e-3,), RECIPE),
-    "control: OPRSD, another mark": Row({**OWN, **BASE, "teacher_prompt_template": "=={prompt}"}, (1e-3,), RECIPE),
-    "control: OPRSD, no mark": Row({**OWN, **BASE, "teacher_prompt_template": "{prompt}"}, (1e-3,), RECIPE),
+    "full KL, frozen start": Row({**OWN, **OPD, **BASE}, (5e-4,), RECIPE),
+    "OPRSD, moving average": Row({**OWN, **EMA}, (5e-4,), RECIPE),
+    "OPRSD, live": Row({**OWN, **LIVE}, (5e-4,), RECIPE),
+    "control: OPRSD, another mark": Row(
+        {**OWN, **BASE, "teacher_prompt_template": "=={prompt}"}, (5e-4,), RECIPE, seeds=(0,)
+    ),
+    "control: OPRSD, no mark": Row({**OWN, **BASE, "teacher_prompt_template": "{prompt}"}, (5e-4,), RECIPE, seeds=(0,)),
 }
 TABLE = Table(
     OUT,

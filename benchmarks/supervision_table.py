@@ -19,11 +19,11 @@ ONE, TWO = (2e-3,), (2e-3, 4e-3)
 CHANGE = {"representation_loss": "transition"}
 ROWS = {
     "all positions, all layers, mse": Row({}, (1e-3, 2e-3, 4e-3)),
-    "first 16 positions": Row({"positions": "first_k", **K}, TWO),
-    "last 16 positions": Row({"positions": "last_k", **K}, TWO),
-    "random 16 positions": Row({"positions": "random_k", **K}, TWO),
+    "first 16 positions": Row({"positions": "first_k", **K}, ONE),
+    "last 16 positions": Row({"positions": "last_k", **K}, ONE),
+    "random 16 positions": Row({"positions": "random_k", **K}, ONE),
     "adaptive positions": Row({"positions": "adaptive"}, ONE),
-    "last layer": Row({"layers": "last"}, TWO),
+    "last layer": Row({"layers": "last"}, ONE),
     "layers by teacher_rms": Row({"layer_weighting": "teacher_rms"}, ONE),
     "adaptive layers": Row({"layer_weighting": "adaptive"}, ONE),
     "normalized_mse": Row({"representation_loss": "normalized_mse"}, TWO),
