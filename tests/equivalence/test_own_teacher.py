@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from oprd.training import opening
 from oprd.training.own_teacher import Average
 from tiny import PROMPTS, canned_completion, canned_trainer, logged, reference_states, tiny_model, tiny_tokenizer
 
@@ -278,3 +279,14 @@ def test_a_pruned_student_teaches_itself(tmp_path):
     model.config.oprd_layer_map = [1, 2, 5]
     trainer = canned_trainer(tmp_path, model=model, teacher_model_kind="live", **OWN)
     assert trainer.objective.layer_map is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "warned"),
+    [("base", "none", False), ("live", "none", True), ("ema", "none", True), ("live", "full", False)],
+)
+def test_a_teacher_that_moves_with_nothing_to_hold_it_is_warned_of(tmp_path, monkeypatch, kind, output, warned):
+    said = []
+    monkeypatch.setattr(opening.logger, "warning", lambda message, *_, **__: said.append(message))
+    canned_trainer(tmp_path, teacher_model_kind=kind, output_loss=output, **OWN)
+    assert any("can drift off together" in message for message in said) == warned

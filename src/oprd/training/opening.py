@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ from oprd.training.privileged import PromptTemplate
 from oprd.training.source import Source
 from oprd.training.teacher import check_settings, load_teacher, open_teacher
 from oprd.training.teachers import Named, Routes, Teacher
+
+logger = get_logger(__name__)
 
 LONGEST = 64  # prompts that are rendered to see whether the teacher's fit
 
@@ -142,6 +145,11 @@ def _check_own(one: Named, model: Any, teacher_tokenizers: Any) -> None:
         args = copy.copy(one.args)
         args.teacher_model_init_kwargs = None
         check_settings(args, is_path=isinstance(model, str))
+    if one.args.teacher_model_kind != "base" and one.args.representation_weight and one.args.output_loss == "none":
+        logger.warning(
+            f"teacher_model_kind: {one.args.teacher_model_kind} moves with the student, and nothing but hidden states is compared: the two "
+            "can drift off together (docs/results.md). base does not, and output_loss holds the student to its words."
+        )
 
 
 def check_room(opened: list[Opened], rows: Dataset | IterableDataset, args: OPRDConfig) -> None:
