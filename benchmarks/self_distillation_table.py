@@ -37,10 +37,9 @@ RECIPE = "benchmarks/table.yaml"
 ROWS = {
     "OPRSD, frozen start": Row({**OWN, **BASE}, RATES, RECIPE),
     "full KL, frozen start": Row({**OWN, **OPD, **BASE}, (5e-4,), RECIPE),
-    "OPRSD, moving average": Row({**OWN, **EMA}, (5e-4,), RECIPE),
+    "OPRSD, moving average": Row({**OWN, **EMA, "teacher_update_rate": 0.05}, (5e-4,), RECIPE),
     "OPRSD, live": Row({**OWN, **LIVE}, (5e-4,), RECIPE),
     "OPRSD, slower moving average": Row({**OWN, **EMA, "teacher_update_rate": 0.005}, (5e-4,), RECIPE, seeds=(0,)),
-    "full KL, moving average": Row({**OWN, **OPD, **EMA}, (5e-4,), RECIPE, seeds=(0,)),
     "full KL, live": Row({**OWN, **OPD, **LIVE}, (5e-4,), RECIPE, seeds=(0,)),
     "OPRSD + full KL, live": Row({**OWN, **LIVE, "output_loss": "full"}, (5e-4,), RECIPE, seeds=(0,)),
     "control: OPRSD, another mark": Row(

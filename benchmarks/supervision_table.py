@@ -15,7 +15,7 @@ from sweeping import Row, Table, main
 
 OUT = Path("runs/supervision")
 K = {"position_k": 16}
-ONE, TWO = (2e-3,), (2e-3, 4e-3)
+ONE = (2e-3,)
 CHANGE = {"representation_loss": "transition"}
 ROWS = {
     "all positions, all layers, mse": Row({}, (1e-3, 2e-3, 4e-3)),
@@ -26,9 +26,9 @@ ROWS = {
     "last layer": Row({"layers": "last"}, ONE),
     "layers by teacher_rms": Row({"layer_weighting": "teacher_rms"}, ONE),
     "adaptive layers": Row({"layer_weighting": "adaptive"}, ONE),
-    "normalized_mse": Row({"representation_loss": "normalized_mse"}, TWO),
-    "transition over positions": Row(CHANGE, TWO),
-    "transition over both": Row({**CHANGE, "transition_over": "both"}, TWO),
+    "normalized_mse": Row({"representation_loss": "normalized_mse"}, ONE),
+    "transition over positions": Row(CHANGE, ONE),
+    "transition over both": Row({**CHANGE, "transition_over": "both"}, ONE),
     "mse + attention maps of the last layer": Row({"attention_weight": 1}, ONE),
 }
 TABLE = Table(

@@ -61,7 +61,7 @@ def test_defaults(make):
         "teachers": None,
         "teacher_column": None,
         "teacher_model_kind": None,
-        "teacher_update_rate": 0.05,
+        "teacher_update_rate": 0.005,
         "teacher_sync_steps": 1,
         "teacher_prompt_template": None,
         "max_teacher_prompt_length": None,

@@ -79,7 +79,7 @@ class OPRDConfig(DistillationConfig):
     teachers: dict | str | None = field(default=None, metadata={"help": HELP["teachers"]})
     teacher_column: str | None = _option("teacher_column", None)
     teacher_model_kind: str | None = _option("teacher_model_kind", None)
-    teacher_update_rate: float = _option("teacher_update_rate", 0.05)
+    teacher_update_rate: float = _option("teacher_update_rate", 0.005)
     teacher_sync_steps: int = _option("teacher_sync_steps", 1)
     teacher_prompt_template: str | None = _option("teacher_prompt_template", None)
     max_teacher_prompt_length: int | None = _option("max_teacher_prompt_length", None)

@@ -145,10 +145,10 @@ def _check_own(one: Named, model: Any, teacher_tokenizers: Any) -> None:
         args = copy.copy(one.args)
         args.teacher_model_init_kwargs = None
         check_settings(args, is_path=isinstance(model, str))
-    if one.args.teacher_model_kind != "base" and one.args.representation_weight and one.args.output_loss == "none":
+    if one.args.teacher_model_kind != "base":
         logger.warning(
-            f"teacher_model_kind: {one.args.teacher_model_kind} moves with the student, and nothing but hidden states is compared: the two "
-            "can drift off together (docs/results.md). base does not, and output_loss holds the student to its words."
+            f"teacher_model_kind: {one.args.teacher_model_kind} moves with the student, and the two can drift off together while the loss "
+            "falls (docs/results.md). Watch a validation benchmark, lower teacher_update_rate, or use base."
         )
 
 

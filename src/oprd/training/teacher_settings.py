@@ -54,7 +54,7 @@ def check_teachers(args: Any) -> None:
 
 def _check_own(args: Any) -> None:
     kind = args.teacher_model_kind
-    args.refuse_ignored(kind is None, "teacher_model_kind is not set", teacher_update_rate=0.05, teacher_sync_steps=1)
+    args.refuse_ignored(kind is None, "teacher_model_kind is not set", teacher_update_rate=0.005, teacher_sync_steps=1)
     if kind is None:
         return
     others = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_url", "teachers", "bridge")
@@ -67,7 +67,7 @@ def _check_own(args: Any) -> None:
             f"teacher_model_kind: {kind} needs teacher_prompt_template, such as '{{prompt}} A solution: {{solution}}': a teacher "
             "that is the student and reads the same has nothing to teach."
         )
-    args.refuse_ignored(kind != "ema", "teacher_model_kind is not ema", teacher_update_rate=0.05, teacher_sync_steps=1)
+    args.refuse_ignored(kind != "ema", "teacher_model_kind is not ema", teacher_update_rate=0.005, teacher_sync_steps=1)
     if not 0 < args.teacher_update_rate <= 1:
         raise ValueError(f"teacher_update_rate must be more than 0 and at most 1, got {args.teacher_update_rate}.")
     if args.lm_head in ("teacher", "solved"):
