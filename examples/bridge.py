@@ -24,7 +24,9 @@ from oprd.training.solved_head import solve_head
 
 parser = argparse.ArgumentParser(description="Distil a teacher of another origin and shape through a bridge.")
 parser.add_argument("--max_steps", type=int, default=60, help="updates of each of the two stages")
-parser.add_argument("--bridge_prompts", type=int, default=256, help="prompts that the bridge and the head are fitted on")
+parser.add_argument(
+    "--bridge_prompts", type=int, default=256, help="prompts that the bridge and the head are fitted on"
+)
 parser.add_argument("--problems", type=int, default=128, help="test problems that models are scored on")
 parser.add_argument("--output_dir", default="runs/examples/bridge")
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own

@@ -1,6 +1,13 @@
-"""How noisy is the gradient of each objective? (Theorems 1, 4-6)
+"""How noisy is the gradient of each objective? (Theorems 1, 4-6; docs/theory.md)
 
-python examples/theory/gradient_noise.py
+    python examples/theory/gradient_noise.py            # under three minutes of one CPU thread
+
+Signal to noise, in power, of the gradient of all weights: given the text, where only the sampled token is left to chance, and
+over texts, where every objective has noise. The student walks to the teacher in a straight line, and in two distillation runs.
+
+What came out: given the text the sampled token's gradient has 0.86 at the start (full KL, top-16, OPRD: no noise). It does not
+fall linearly with the divergence: its power is 0.3 on the line, 0.6 in a run of OPRD, 2.1 in a run of full KL; the *value's* is 0.9
+to 1.1. Over texts 6.5 for OPRD, 1.7 for full KL and 0.3 for the sampled token at the start; at its own optimum OPRD's is 0.3 too.
 """
 
 from __future__ import annotations
@@ -72,7 +79,7 @@ class Comparison:
         drawn where ``p c^2 |e_y - p|^2`` lies and weighted back. Drawing from p would miss the rare tokens that carry the noise.
         """
         p_NV, ratio_NV, mean_N = self._ratio()
-        size_NV = 1 - 2 * p_NV + p_NV.square().sum(-1, keepdim=True)  # |e_y - p|^2
+        size_NV = (1 - 2 * p_NV + p_NV.square().sum(-1, keepdim=True)).clamp(min=1e-6)  # |e_y - p|^2, above rounding
         chance_NV = p_NV * ratio_NV.square() * size_NV
         noise = []
         for _ in range(draws):

@@ -1,6 +1,13 @@
-"""What can next-token objectives not see? (Theorems 2, 7)
+"""What can next-token objectives not see? (Theorems 2, 7; docs/theory.md)
 
-python examples/theory/null_space.py
+    python examples/theory/null_space.py                # a quarter of a minute of one CPU thread
+
+Differences of last hidden states that a head cannot see, and how unequally it sees the others: in the head's null space, along
+its singular directions, and from position to position.
+
+What came out: heads with more tokens than dimensions have no null space; ``digit-student``'s (30 x 64) has 35 directions, in
+which every output-space loss is 0, OPRD is not, and no output changes. Along the teacher's head OPRD over logit mse grows
+259-fold, which is (s_1 / s_d)^2; over full KL 49-fold. Equal errors cost the median position 0.2 % of the mean KL.
 """
 
 from __future__ import annotations

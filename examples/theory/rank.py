@@ -1,6 +1,12 @@
-"""Which rank should a bridge have? (Theorems 3, 9, 10)
+"""Which rank should a bridge have? (Theorems 3, 9, 10; docs/theory.md)
 
-python examples/theory/rank.py
+    python examples/theory/rank.py                      # a quarter of a minute of one CPU thread
+
+error(r) = sum_{i>r} lambda_i rho_i^2 + sum_{i<=r} lambda_i (1 - rho_i^2), on made-up spectra and on the miniature's student and its
+wider teacher; beside it the accuracy that training through a bridge of rank r ended with (benchmarks/recorded).
+
+What came out: where rho falls with i there is one valley, where it does not there are many. In real states rho rises at four
+steps in ten, the valleys are shallow, and the best rank is 21. Accuracy is highest at full rank, and below the start's at every rank.
 """
 
 from __future__ import annotations
