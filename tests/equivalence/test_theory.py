@@ -48,15 +48,20 @@ def one_position_at_a_time(here):
 
 def test_the_sampled_gradient_over_all_tokens():
     """Enumerated: its mean is full KL's gradient, and its noise what `of_the_gradient` estimates."""
-    here = comparison()
-    mean, noise = 0, 0
+    student = tiny_model(layers=2, dtype=torch.float64)
+    student.lm_head.weight.data *= 2  # surer of its token, so that the squares of the means are a fair part
+    here = comparison(student=student)
+    mean, noise, means = 0, 0, 0
     for p_V, gradient_VP in one_position_at_a_time(here):
         own_P = p_V @ gradient_VP
-        mean, noise = mean + own_P, noise + p_V @ gradient_VP.square().sum(1) - own_P.square().sum()
-    torch.testing.assert_close(mean, here.gradient("full KL"))
+        mean, means = mean + own_P, means + own_P.square().sum()
+        noise = noise + p_V @ gradient_VP.square().sum(1) - own_P.square().sum()
+    assert means > 0.1 * noise
+    full = here.gradient("full KL")
+    torch.testing.assert_close(mean, full, rtol=1e-5, atol=1e-7 * full.norm().item())  # the models' norms are float32
     found = here.of_the_gradient(100, torch.Generator().manual_seed(0))
-    assert found["signal"] == pytest.approx(mean.square().sum().item())
-    assert found["noise"] == pytest.approx(noise.item(), rel=0.08)
+    assert found["signal"] == pytest.approx(mean.square().sum().item(), rel=1e-5)
+    assert found["noise"] == pytest.approx(noise.item(), rel=0.05)
 
 
 def test_the_value_over_all_tokens():
@@ -205,7 +210,9 @@ def test_no_encoder_keeps_more_than_the_principal_one():
 
 def test_the_most_that_can_be_predicted():
     """Reduced-rank regression on the rows themselves: singular values of the fitted teacher states."""
-    own, goal = drawn(300, 5), drawn(300, 5) @ drawn(5, 7, seed=1) + drawn(300, 7, seed=2)
+    own, noise = drawn(300, 5), drawn(300, 7, seed=2)
+    noise[:, 0] *= 5  # much variance, and nothing to predict
+    goal = own @ drawn(5, 7, seed=1) + noise
     fitter = rank.BridgeFitter([1], 5, 7)
     fitter.update([own], [goal])
     own, goal = own - own.mean(0), goal - goal.mean(0)
@@ -214,7 +221,7 @@ def test_the_most_that_can_be_predicted():
     torch.testing.assert_close(predictable(fitter.train[0])[:5], expected[:5], rtol=1e-6, atol=0)
     layer = curves_of(fitter)[0]
     assert (layer["principal"] <= layer["any"] + 1e-9).all()
-    assert (layer["any"] - layer["principal"])[:4].max() > 1e-3  # principal directions are not the best to predict
+    assert (layer["any"] - layer["principal"])[0] > 0.05  # principal directions are not the best to predict
 
 
 def test_made_up_data_have_the_rho_they_were_given():
