@@ -67,7 +67,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
     _check(options)
     show_events()
     from oprd.insight.cases import Prompts, case_of_models, case_of_run
-    from oprd.insight.diagnose import Settings, diagnose
+    from oprd.insight.diagnosis import Settings, diagnose
     from oprd.insight.diagnosis_view import plot_diagnosis, write_recipe
 
     prompts = {name: getattr(options, name) for name in OF_THE_PROMPTS if getattr(options, name) is not None}
@@ -88,7 +88,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
         )
         names = (_short(options.student), _short(options.teacher))
         out = Path(options.out or Path("diagnoses") / "--".join(names))
-    record = diagnose(case, Settings(accuracy=not options.skip_accuracy, **settings), out, progress=True)
+    record = diagnose(case, out, Settings(accuracy=not options.skip_accuracy, **settings), progress=True)
     plot_diagnosis(record, out / "plots")
     recipe = write_recipe(record, out) if "recipe" in record else None
     if options.json:

@@ -168,7 +168,7 @@ def _rank(found: Found) -> tuple[str, str]:
 
 
 def _head(found: Found, kind: str) -> tuple[str, str]:
-    heads, told = found["heads"], _read_by_the_student(found)
+    heads = found["heads"]
     if kind != DIRECT:
         if kind == BRIDGE and heads["why_not_solved"] is None:
             return (
@@ -176,6 +176,7 @@ def _head(found: Found, kind: str) -> tuple[str, str]:
                 "the student's own cannot read states that moved to a teacher's",
             )
         return "the student's own (lm_head: keep)", "output losses train it"
+    told = _read_by_the_student(found)
     if heads["why_not_adopted"] is None:
         return "the teacher's (lm_head: auto adopts it)", f"the two heads differ by {heads['drift']:.1%}; {told}"
     return "the student's own, trained through the head metric (logit_weight: 1, the default here)", (

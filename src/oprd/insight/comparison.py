@@ -113,13 +113,18 @@ class Comparison:
         """JSON values.
 
         Raises:
-            ValueError: no pair was seen.
+            ValueError: no pair was seen, or too few of any one reading to compare kernels.
         """
         if not self.paired:
             raise ValueError(
                 "No position of the student's answers ends where a teacher token ends, so there is nothing to compare."
             )
         matrix = self.kernels.matrix()
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(
+                f"{self.paired} positions in {self.written} tokens are too few to compare states at, or some states never change. "
+                "Give more --prompts, or longer answers (--max_new_tokens)."
+            )
         layers = []
         for layer, partner in enumerate(self.fit.layer_map, 1):
             row = {"layer": layer, "teacher_layer": partner, "cka": float(matrix[layer - 1, partner - 1])}

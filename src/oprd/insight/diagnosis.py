@@ -65,7 +65,9 @@ class Text:
     held_out: bool
 
 
-def diagnose(case: Case, settings: Settings, out: str | Path, *, progress: bool = False) -> dict[str, Any]:
+def diagnose(
+    case: Case, out: str | Path, settings: Settings | None = None, *, progress: bool = False
+) -> dict[str, Any]:
     """Compare, advise, and write ``diagnosis.json`` into ``out``.
 
     Returns:
@@ -75,11 +77,14 @@ def diagnose(case: Case, settings: Settings, out: str | Path, *, progress: bool 
     Raises:
         ValueError: anything that can be known before weights are read; answers without a token.
     """
+    settings = settings or Settings()
     check_folder(out, "--out")
     for role, member in (*case.students.items(), ("teacher", case.teacher)):
         member.check(role)
     rows = case.prompts.draw()
     fit = fit_of(case, rows)
+    prompts, longest = _encode(case, list(case.students.values())[-1], rows, settings)
+    sampling = Sampling(1, 1.0, 1.0, longest, settings.batch_size, case.prompts.seed)
     started, found = time.perf_counter(), {}
     teacher: TransformersEngine | None = None
     texts: list[Text] = []
@@ -87,13 +92,12 @@ def diagnose(case: Case, settings: Settings, out: str | Path, *, progress: bool 
     for place, (name, member) in enumerate(reversed(case.students.items())):  # the last one writes
         student = _load(member, settings, settings.dtype)
         if place == 0:
-            prompts, longest = _encode(case, member, rows, settings)
-            sampling = Sampling(1, 1.0, 1.0, longest, settings.batch_size, case.prompts.seed)
             answers = _write(student, prompts, sampling, f"{name} writes" if progress else None)
             texts = [
                 Text(row, prompt, answer, number % HELD_OUT == HELD_OUT - 1)
                 for number, (row, prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True))
             ]
+            cut_off = sum(not answer or answer[-1] not in student.ends for answer in answers) / len(answers)
             teacher = _load(case.teacher, settings, str(student.model.dtype).removeprefix("torch."))
         comparison = Comparison(student.model, teacher.model, fit, seed=case.prompts.seed)
         bar = tqdm(total=len(texts), desc=f"{name} and teacher read", unit="answer", disable=not progress)
@@ -119,7 +123,7 @@ def diagnose(case: Case, settings: Settings, out: str | Path, *, progress: bool 
             "written_by": list(case.students)[-1],
             "tokens": sum(lengths),
             "mean_length": sum(lengths) / len(lengths),
-            "cut_off": sum(length == sampling.max_new_tokens for length in lengths) / len(lengths),
+            "cut_off": cut_off,
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": 1.0,
             "seed": case.prompts.seed,
