@@ -13,7 +13,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from oprd.lineage.evaluations import ROLES
 from oprd.lineage.inputs import model_record
 from oprd.lineage.manifest import read_manifest
 from oprd.lineage.scoring import subjects_of
@@ -147,9 +146,9 @@ def case_of_run(
     """
     manifest = read_manifest(Path(run))
     recipe = manifest["config"]
-    before, after = (subjects_of(run, [role], None)[0] for role in (ROLES[2], ROLES[0]))
+    before, after = (subjects_of(run, [role], None)[0] for role in ("student", "final"))
     if teacher is None:
-        taught = subjects_of(run, [ROLES[3]], None)
+        taught = subjects_of(run, ["teacher"], None)
         if len(taught) > 1:
             names = ", ".join(manifest["teacher"]["teachers"])
             raise ValueError(f"{run} had several teachers ({names}). Name the model of one with --teacher.")
