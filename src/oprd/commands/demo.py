@@ -12,7 +12,7 @@ def add_demo(commands) -> None:
     """Its words."""
     demo = commands.add_parser(
         "demo",
-        help="distil the embedded miniature and compare methods (minutes, CPU)",
+        help="distil the embedded miniature with several methods and compare them (minutes, CPU)",
         description="Distil the embedded miniature with several methods on one budget, and compare. same: a teacher of the "
         "student's origin (OPRD, OPD top-16). bridge: a deeper and wider teacher of another origin (bridge, full KL). "
         "tokenizer: a teacher with another tokenizer (bridge, prefix marginals).",

@@ -26,7 +26,7 @@ def add_eval(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "eval",
-        help="sample k answers to every problem of a benchmark and grade them",
+        help="sample answers to benchmarks and grade them",
         description="Sample k answers to every problem and grade them with math-verify. Every answer is written to responses.jsonl, "
         "the numbers with 95 % intervals to summary.json. A killed evaluation continues where it was when the same "
         "command runs again.",

@@ -28,7 +28,7 @@ def add_gate(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "gate",
-        help="hold a run against thresholds and a baseline; the exit code says whether it passes",
+        help="hold a run against thresholds and a baseline (exit code 3: not passed)",
         description="Hold a run's final student against thresholds on accuracy, length, repetition and cost. Scores are\n"
         "judged by their 95 % intervals, differences are paired by problem. Exit code 0: passed, 3: not. The\n"
         "outcome is kept in the run's gate.json, which oprd registry promote asks for.",

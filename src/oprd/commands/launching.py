@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from importlib.resources import files
 from pathlib import Path
 
 KEY = "accelerate_config"
+FOLDER = Path(__file__).parent.parent / "launch"
 LAUNCH_HELP: dict[str, str] = {
     KEY: "How processes are laid out: the name of a configuration that ships with oprd (single_gpu, multi_gpu, fsdp2, zero2, "
     "zero3, multi_gpu_nodes, fsdp2_nodes, zero3_nodes) or a file of accelerate config. docs/scale.md says which.",
@@ -75,9 +75,11 @@ def _taken(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 def _config_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    folder = Path(str(files("oprd"))) / "launch"
-    path = folder / f"{name}.yaml"
-    known = sorted(entry.stem for entry in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"--{KEY} {name}: neither a file nor one of {', '.join(known)}.")
-    return path
+    if name not in layouts():
+        raise ValueError(f"--{KEY} {name}: neither a file nor one of {', '.join(layouts())}.")
+    return FOLDER / f"{name}.yaml"
+
+
+def layouts() -> tuple[str, ...]:
+    """Names of the configurations that ship with oprd."""
+    return tuple(sorted(entry.stem for entry in FOLDER.glob("*.yaml")))

@@ -13,7 +13,7 @@ def add_report(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "report",
-        help="one run as one self-contained HTML page",
+        help="write a run up as one self-contained HTML page",
         description="Write a page about a run: what was distilled from what, how good it is with intervals, curves, speed and "
         "memory, answers side by side, the manifest. It opens from disk without a network.",
     )

@@ -26,6 +26,7 @@ from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 from oprd.training.ranges import check_ranges
 from oprd.training.recipe_file import KEYS_ARE_LISTED, check_keys, check_values, kinds_of, read_recipe
+from oprd.training.shipped import find_recipe
 from oprd.training.tools import moved
 from oprd.training.validation import BenchmarkConfig
 
@@ -122,19 +123,6 @@ def check_recipe(where: str, settings: dict[str, Any], parser: argparse.Argument
     """
     check_keys(where, settings, {action.dest for action in (parser or _parser("train"))._actions} | {"env"})
     check_values(where, settings, kinds_of(KINDS))
-
-
-def find_recipe(name: str) -> Path:
-    """A path as given, or a recipe of the package by its name (``miniature`` or ``miniature.yaml``)."""
-    path = Path(name)
-    if path.exists():
-        return path
-    shipped = Path(__file__).parent.parent / "recipes"
-    candidate = shipped / (name.removesuffix(".yaml") + ".yaml")
-    if candidate.exists() and path.parent == Path("."):
-        return candidate
-    known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-    raise ValueError(f"There is no recipe {name}. Give a YAML file, or one that ships with oprd: {known}.")
 
 
 def resolved(configs: Configs) -> dict[str, Any]:
