@@ -14,6 +14,7 @@ from oprd.commands.completion import add_completion
 from oprd.commands.demo import add_demo
 from oprd.commands.eval import add_eval
 from oprd.commands.gate import add_gate
+from oprd.commands.launching import tell_error
 from oprd.commands.plan import run_plan
 from oprd.commands.prune import add_prune
 from oprd.commands.recipes import add_recipes, add_show
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.traceback:
             raise
         told = " ".join(str(error).split()) or type(error).__name__  # libraries write whole paragraphs
-        print(f"oprd: error: {told} [oprd --traceback {options.command} ... shows where]", file=sys.stderr)
+        tell_error(f"oprd: error: {told} [oprd --traceback {options.command} ... shows where]")
         return 1
     except KeyboardInterrupt:
         print("oprd: interrupted", file=sys.stderr)

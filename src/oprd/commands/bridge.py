@@ -41,8 +41,8 @@ def run_bridge(arguments: list[str]) -> int:
 
         try:
             directory, bridge, is_main = fit([argument for argument in rest if argument != "--json"])
-        except Stopped:  # it has said so
-            return 0
+        except Stopped as stopped:  # it has said so
+            return stopped.code
         return _show_bridge(bridge, directory / "plots", as_json) if is_main else 0
     options = _bridge_parser().parse_args(arguments)
     from oprd.bridge import Bridge

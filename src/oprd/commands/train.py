@@ -58,8 +58,8 @@ def run_train(arguments: list[str]) -> int:
 
     try:
         directory, is_main = run(arguments)
-    except Stopped:  # it has said so
-        return 0
+    except Stopped as stopped:  # it has said so
+        return stopped.code
     if is_main:
         metrics = read_metrics(directory / "metrics.jsonl")
         plot_runs({directory.name: metrics}, directory / "plots")

@@ -87,15 +87,22 @@ def _parser(command: str) -> TrlParser:
 def parse(arguments: list[str], command: str = "train") -> Configs:
     """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser, rest = _parser(command), arguments
+    parser, rest, settings = _parser(command), arguments, {}
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ValueError("--config needs a recipe: a YAML file, or the name of one that ships with oprd.")
         recipe = find_recipe(arguments[position])
-        check_recipe(str(recipe), read_recipe(recipe), parser)
+        settings = read_recipe(recipe)
+        check_recipe(str(recipe), settings, parser)
         rest = [*arguments[: position - 1], *arguments[position + 1 :]]
         arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
+    said = {*settings, *(part.split("=", 1)[0].removeprefix("--") for part in arguments if part.startswith("--"))}
+    if "output_dir" not in said and "config" in said:
+        arguments = [*arguments, "--output_dir", f"runs/{recipe.stem}"]
+        rest = [*rest, *arguments[-2:]]
+    elif "output_dir" not in said and command == "train":
+        raise ValueError("Nowhere to write to: set output_dir, such as --output_dir runs/first.")
     for argument in arguments:
         key = argument.split("=", 1)[0]
         if key.startswith("--") and key not in {*parser._option_string_actions, "--config"}:
@@ -104,6 +111,7 @@ def parse(arguments: list[str], command: str = "train") -> Configs:
     if loose := parser.parse_known_args(rest)[1]:
         raise ValueError(f"Unexpected {loose[0]}: put its key before it, such as --config {loose[0]}.")
     data, args, model, bridge, benchmark = parser.parse_args_and_config(arguments)
+    args.report_to_is_open = "report_to" not in said
     check_ranges(model)
     if isinstance(data.then, str):
         data.then = yaml.safe_load(data.then)
@@ -141,6 +149,8 @@ def resolved(configs: Configs) -> dict[str, Any]:
     # Derived from the machine, or about this one call: not what repeats a run.
     for name in ("local_rank", "run_name", "resume", "resume_from_checkpoint"):
         settings.pop(name, None)
+    if configs.args.report_to_is_open:  # so that a repetition does not hang on a package either
+        settings.pop("report_to", None)
     return _without_secrets(settings)
 
 
