@@ -18,7 +18,9 @@ def add_demo(commands) -> None:
         "tokenizer: a teacher with another tokenizer (bridge, prefix marginals).",
     )
     demo.add_argument("which", nargs="?", choices=("same", "bridge", "tokenizer"), default="same", help="which pair")
-    demo.add_argument("--out", default="runs/demo", help="where runs and plots go (default: %(default)s)")
+    demo.add_argument(
+        "--out", "--output_dir", default="runs/demo", help="where runs and plots go (default: %(default)s)"
+    )
     demo.add_argument("--steps", type=int, default=None, help="updates of each method (default: the recipe's)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the rollouts (default: %(default)s)")
     demo.add_argument(

@@ -37,7 +37,7 @@ def add_gate(commands) -> None:
     )
     parser.add_argument("candidate", metavar="RUN", help="a run, or a folder of evaluations")
     parser.add_argument("--against", default=None, metavar="BASELINE", help="a run, or a folder of evaluations")
-    parser.add_argument("--config", required=True, metavar="GATES", help="YAML file with the thresholds")
+    parser.add_argument("--config", "--gates", required=True, metavar="GATES", help="YAML file with the thresholds")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run_command=run_gate)
 

@@ -18,7 +18,9 @@ def add_report(commands) -> None:
         "memory, answers side by side, the manifest. It opens from disk without a network.",
     )
     parser.add_argument("run", metavar="RUN", help="a run of oprd train")
-    parser.add_argument("--out", default=None, metavar="FILE", help="where the page goes (default: RUN/report.html)")
+    parser.add_argument(
+        "--out", "--output_dir", default=None, metavar="FILE", help="where the page goes (default: RUN/report.html)"
+    )
     parser.add_argument("--json", action="store_true", help="print the path as JSON")
     parser.set_defaults(run_command=run_report)
 
