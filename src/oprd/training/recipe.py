@@ -98,11 +98,6 @@ def parse(arguments: list[str], command: str = "train") -> Configs:
         rest = [*arguments[: position - 1], *arguments[position + 1 :]]
         arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
     said = {*settings, *(part.split("=", 1)[0].removeprefix("--") for part in arguments if part.startswith("--"))}
-    if "output_dir" not in said and "config" in said:
-        arguments = [*arguments, "--output_dir", f"runs/{recipe.stem}"]
-        rest = [*rest, *arguments[-2:]]
-    elif "output_dir" not in said and command == "train":
-        raise ValueError("Nowhere to write to: set output_dir, such as --output_dir runs/first.")
     for argument in arguments:
         key = argument.split("=", 1)[0]
         if key.startswith("--") and key not in {*parser._option_string_actions, "--config"}:
@@ -110,6 +105,10 @@ def parse(arguments: list[str], command: str = "train") -> Configs:
             raise ValueError(f"Unknown key {key}; " + (f"did you mean {near[0]}?" if near else KEYS_ARE_LISTED))
     if loose := parser.parse_known_args(rest)[1]:
         raise ValueError(f"Unexpected {loose[0]}: put its key before it, such as --config {loose[0]}.")
+    if "output_dir" not in said and "config" in said:
+        arguments = [*arguments, "--output_dir", f"runs/{recipe.stem}"]
+    elif "output_dir" not in said and command == "train":
+        raise ValueError("Nowhere to write to: set output_dir, such as --output_dir runs/first.")
     data, args, model, bridge, benchmark = parser.parse_args_and_config(arguments)
     args.report_to_is_open = "report_to" not in said
     check_ranges(model)
