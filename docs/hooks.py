@@ -40,11 +40,18 @@ def on_page_markdown(markdown, page, **_):
     return markdown if "/" in page.file.src_uri else OUTSIDE.sub(r"](source/\1)", markdown)
 
 
-def on_page_content(html, **_):
+def on_page_content(html, page, **_):
     """TeX becomes MathML, which browsers show without a script."""
-    return MATHS.sub(
-        lambda found: convert(unescape(found[3]), display="block" if found[1] == "div" else "inline"), html
-    )
+
+    def mathml(found: re.Match) -> str:
+        made = convert(unescape(found[3]), display="block" if found[1] == "div" else "inline")
+        if "\\" in made:
+            raise ValueError(
+                f"{page.file.src_uri}: a command of {found[3]!r} is not known to latex2mathml. Write it otherwise."
+            )
+        return f'<div class="equation">{made}</div>' if found[1] == "div" else made
+
+    return MATHS.sub(mathml, html)
 
 
 def recipes() -> str:
@@ -60,7 +67,8 @@ def recipes() -> str:
 def about(recipe: str) -> str:
     """The first sentence of a recipe's header."""
     header = " ".join(line.removeprefix("# ") for line in recipe.split("\n#   ")[0].splitlines())
-    return re.split(r"(?<=[a-z)\d]{2}\.) ", header)[0]
+    first = re.split(r"(?<=[a-z)\d]{2}\.) ", header)[0]
+    return first.replace(" (docs/results.md)", " ([results](results.md))")
 
 
 def _teacher(settings: dict) -> str:
