@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "src" / "oprd" / "recipes"
 INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+)\)")
+LIST_AT_ONCE = re.compile(r"^(?! |[-*] |[|#>]|\d+\. )(.*\S.*)\n(?=- |1\. )", re.MULTILINE)
+FENCED = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 MARKER = re.compile(r"^<!-- (table|check|run): ?(.*?) -->\n", re.MULTILINE)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -35,7 +37,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Tables in the place of ``<!-- table: NAME -->``; marks for the tests are left out."""
+    """Tables in the place of ``<!-- table: NAME -->``; marks for the tests are left out. A list may follow its paragraph at
+    once, as on other sites that show Markdown."""
+    parts = FENCED.split(markdown)
+    markdown = "".join(LIST_AT_ONCE.sub(r"\1\n\n", part) if place % 2 == 0 else part for place, part in enumerate(parts))
     markdown = MARKER.sub(lambda mark: TABLES[mark[2]]() if mark[1] == "table" else "", markdown)
     return markdown if "/" in page.file.src_uri else OUTSIDE.sub(r"](source/\1)", markdown)
 

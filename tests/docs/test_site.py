@@ -89,6 +89,13 @@ def test_equations_are_mathml(site):
     assert "arithmatex" not in text
 
 
+def test_lists_are_lists(site):
+    for path in sorted(site.rglob("*.html")):
+        prose = re.sub(r"<code>.*?</code>", "", path.read_text(), flags=re.DOTALL)
+        loose = re.findall(r"<p>(?:(?!</p>).)*?\n(?:- |1\. ).{0,60}", prose, re.DOTALL)
+        assert not loose, f"{path.relative_to(site)}: {loose[0][-80:]}"
+
+
 def test_readme_leads_to_every_guide():
     said = (ROOT / "README.md").read_text()
     guides = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
