@@ -9,6 +9,7 @@ import sys
 from oprd.commands.bridge import run_bridge
 from oprd.commands.compare import add_compare
 from oprd.commands.demo import add_demo
+from oprd.commands.diagnose import add_diagnose
 from oprd.commands.eval import add_eval
 from oprd.commands.gate import add_gate
 from oprd.commands.plan import run_plan
@@ -32,7 +33,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
     commands.add_parser("bridge", help="fit a bridge between two models, or look into one", add_help=False)
     commands.add_parser("plan", help="what a recipe needs of a GPU, and what would help", add_help=False)
-    for add in (add_prune, add_eval, add_compare, add_report, add_gate, add_registry, add_serve, add_demo):
+    for add in (
+        add_diagnose,
+        add_prune,
+        add_eval,
+        add_compare,
+        add_report,
+        add_gate,
+        add_registry,
+        add_serve,
+        add_demo,
+    ):
         add(commands)
     return parser
 

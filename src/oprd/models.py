@@ -271,6 +271,26 @@ def adopt_mean_head(student: nn.Module, teachers: Sequence[tuple[float, nn.Modul
             kept.copy_(sum(share * getattr(head, name)[:vocab_size].to(kept.device).float() for share, head in shares))
 
 
+@contextmanager
+def wearing_head(model: nn.Module, other: nn.Module, vocab_size: int) -> Iterator[None]:
+    """Inside, the model's last states go through another model's head, of the same width. Tied input embeddings stay."""
+    lm, lent = causal_lm(model), head_of(other, vocab_size)
+    own, scale = lm.get_output_embeddings(), lent.scale / logit_scale(text_config(model))
+    worn = nn.Linear(own.weight.shape[1], own.weight.shape[0], bias=lent.bias_V is not None, device="meta")
+    with torch.no_grad():
+        for name, rows in (("weight", lent.weight_Vd), ("bias", lent.bias_V)):
+            if rows is not None:
+                mine = getattr(own, name, None)
+                whole_rows = own.weight.new_zeros(len(own.weight)) if mine is None else mine.detach().clone()
+                whole_rows[: len(rows)] = rows.to(whole_rows) * scale
+                setattr(worn, name, nn.Parameter(whole_rows, requires_grad=False))
+    lm.set_output_embeddings(worn)
+    try:
+        yield
+    finally:
+        lm.set_output_embeddings(own)
+
+
 def freeze_unreachable(model: nn.Module, *, top_layer: int, head: bool) -> int:
     """Turn off gradients where no loss term reaches, and return how many parameters that is.
 

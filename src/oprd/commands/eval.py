@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from oprd.commands.shared import show_events, show_rows
+from oprd.commands.shared import parse_json, show_events, show_rows
 from oprd.lineage.evaluations import ROLES
 
 LOADING = ("dtype", "device", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
@@ -79,7 +78,7 @@ def add_eval(commands) -> None:
 
 def run_eval(options: argparse.Namespace) -> int:
     """Evaluate, print a table."""
-    template = None if options.chat_template_kwargs is None else _json(options.chat_template_kwargs)
+    template = parse_json("--chat_template_kwargs", options.chat_template_kwargs)
     show_events()
     from oprd.insight.compare import result_row
     from oprd.lineage.scoring import refresh_card, score_models, subjects_of
@@ -105,13 +104,3 @@ def run_eval(options: argparse.Namespace) -> int:
     for _, folder, _ in results:
         print(f"Answers and summary: {folder}", file=sys.stderr)
     return 0
-
-
-def _json(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs is not JSON ({error.msg}): {text}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"--chat_template_kwargs must be a JSON object, got {text}")
-    return value

@@ -19,6 +19,23 @@ def describe_settings(title: str, table: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def parse_json(option: str, text: str | None) -> dict[str, Any] | None:
+    """The object that an option is given as.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is not JSON ({error.msg}): {text}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text}")
+    return value
+
+
 def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     """A table on stdout, or JSON for machines."""
     from oprd.insight.tables import format_table

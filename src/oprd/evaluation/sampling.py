@@ -56,6 +56,7 @@ class Engine(Protocol):
     name: str
     tokenizer: PreTrainedTokenizerBase
     context: int | None
+    ends: set[int]
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
         """One answer to each prompt (token ids); the same for the same prompts and seed."""
@@ -93,18 +94,18 @@ class TransformersEngine:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.context = getattr(text_config(model), "max_position_embeddings", None)
-        self._ends = _ends(tokenizer, model.generation_config)
-        known = {*tokenizer.get_vocab().values(), *self._ends}  # other rows stand for no token: never sample them
+        self.ends = _ends(tokenizer, model.generation_config)
+        known = {*tokenizer.get_vocab().values(), *self.ends}  # other rows stand for no token: never sample them
         self._padded = [row for row in range(text_config(model).vocab_size) if row not in known] or None
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
         """See `Engine`."""
-        return [answer_of(self.tokenizer, ids, self._ends) for ids in self.write(prompts, sampling, seed)]
+        return [answer_of(self.tokenizer, ids, self.ends) for ids in self.write(prompts, sampling, seed)]
 
     @torch.no_grad()
     def write(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         """Token ids of one answer to each prompt, up to its end token and with it. Prompts are padded on the left."""
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self._ends)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
         drawn = {"do_sample": False}
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **PLAIN_DRAWS}
@@ -113,7 +114,7 @@ class TransformersEngine:
             **drawn,
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=sorted(self._ends),
+            eos_token_id=sorted(self.ends),
             suppress_tokens=self._padded,
             cache_implementation="static" if self.model.device.type == "cpu" else None,
             disable_compile=True,
@@ -131,7 +132,7 @@ class TransformersEngine:
                 )[:, width:]
         finally:
             self.model.train(was_training)
-        return [_ended(row, self._ends) for row in written.tolist()]
+        return [_ended(row, self.ends) for row in written.tolist()]
 
 
 class VLLMEngine:
@@ -152,7 +153,7 @@ class VLLMEngine:
             declared = Declared.from_pretrained(model, revision=options.get("revision"))
         except OSError:  # a model without one
             declared = None
-        self._ends = _ends(tokenizer, declared)
+        self.ends = _ends(tokenizer, declared)
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Answer]:
         """See `Engine`."""
@@ -163,13 +164,13 @@ class VLLMEngine:
                 top_k=-1,
                 max_tokens=sampling.max_new_tokens,
                 seed=(seed + place) % 2**31,
-                stop_token_ids=sorted(self._ends),
+                stop_token_ids=sorted(self.ends),
                 detokenize=False,
             )
             for place in range(len(prompts))
         ]
         outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
-        return [answer_of(self.tokenizer, list(output.outputs[0].token_ids), self._ends) for output in outputs]
+        return [answer_of(self.tokenizer, list(output.outputs[0].token_ids), self.ends) for output in outputs]
 
 
 def load_engine(

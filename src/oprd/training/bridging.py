@@ -31,6 +31,7 @@ from oprd.objectives import map_layers
 from oprd.states import TeacherElsewhere
 from oprd.training.config import OPRDConfig
 from oprd.training.options import BRIDGE_HELP
+from oprd.training.pairing import agreement
 from oprd.training.trainer import OPRDTrainer
 
 logger = get_logger(__name__)
@@ -252,22 +253,6 @@ def _key_of(path: Path) -> dict[str, Any]:
         return json.loads(file.metadata()["about"])["key"]
 
 
-def _agreement(trainer: RolloutTrainer) -> Callable[[Tensor, Tensor], Tensor]:
-    """Whether a student's and a teacher's token are one; across tokenizers, whether one's text begins with the other's."""
-    reader = trainer.pair.reader
-    if reader is None or reader.crossing is None:
-        return lambda own, other: own == other
-    crossing = reader.crossing
-
-    def one(own: int, other: int) -> bool:
-        if own in crossing.meanings:
-            return crossing.meanings[own] == other
-        a, b = crossing.student.tokens[own], crossing.teacher.tokens[other]
-        return bool(a and b) and (a.startswith(b) or b.startswith(a))
-
-    return lambda own, other: torch.tensor([one(*pair) for pair in zip(own.tolist(), other.tolist(), strict=True)])
-
-
 def solve_collection(
     trainer: RolloutTrainer, collection: Collection, facts: dict[str, Any], settings: BridgeConfig
 ) -> Bridge:
@@ -283,7 +268,7 @@ def solve_collection(
         bridge.report["controls"] = report
     if len(collection.fitter.sample):
         student, teacher = trainer.model, trainer.accelerator.unwrap_model(trainer.teacher_model)
-        shapes = trainer.pair.shapes
+        shapes, reader = trainer.pair.shapes, trainer.pair.reader
         if isinstance(teacher, TeacherElsewhere):
             teacher.fetch_head()
         own = models.head_of(student, shapes.vocab_size)
@@ -292,7 +277,7 @@ def solve_collection(
             collection.fitter,
             lambda h: own.logits(h.to(own.weight_Vd)).float().cpu(),
             lambda h: other.logits(h.to(other.weight_Vd)).float().cpu(),
-            _agreement(trainer),
+            agreement(None if reader is None else reader.crossing),
         )
     return bridge
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,21 @@ from oprd.states.crossing import NOWHERE, Crossed
 from oprd.training.privileged import PromptTemplate
 
 ENOUGH_TO_JUDGE = 64  # response tokens below which a share of pairs says nothing
+
+
+def agreement(crossing: Crossing | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whether a student's and a teacher's token are one, ``[n]`` twice -> bool ``[n]``; across tokenizers, whether one's text
+    begins with the other's."""
+    if crossing is None:
+        return lambda own, other: own == other
+
+    def one(own: int, other: int) -> bool:
+        if own in crossing.meanings:
+            return crossing.meanings[own] == other
+        a, b = crossing.student.tokens[own], crossing.teacher.tokens[other]
+        return bool(a and b) and (a.startswith(b) or b.startswith(a))
+
+    return lambda own, other: torch.tensor([one(*pair) for pair in zip(own.tolist(), other.tolist(), strict=True)])
 
 
 @dataclass

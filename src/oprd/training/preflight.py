@@ -41,8 +41,22 @@ class Shapes:
     layer_map: tuple[int, ...] | None = None
 
 
-def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that its ids take; ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_embeddings(role: str, config: PretrainedConfig, size: int) -> None:
+    """There is an embedding for every token.
+
+    Raises:
+        ValueError: a model with fewer than its tokenizer's ``size``.
+    """
+    if config.vocab_size < size:
+        raise ValueError(
+            f"The {role} has {config.vocab_size} embeddings for a tokenizer whose ids go up to {size - 1}. "
+            f"Resize it with model.resize_token_embeddings({size}), or use the tokenizer that it was trained with."
+        )
 
 
 def check_models(
@@ -72,14 +86,10 @@ def check_models(
             tokenizer has tokens.
     """
     student, teacher = student.get_text_config(), teacher.get_text_config()
-    vocab_size = _vocabulary_size(tokenizer)
-    other_size = None if other_tokenizer is None else _vocabulary_size(other_tokenizer)
+    vocab_size = vocabulary_size(tokenizer)
+    other_size = None if other_tokenizer is None else vocabulary_size(other_tokenizer)
     for role, config, size in (("student", student, vocab_size), ("teacher", teacher, other_size or vocab_size)):
-        if config.vocab_size < size:
-            raise ValueError(
-                f"The {role} has {config.vocab_size} embeddings for a tokenizer whose ids go up to {size - 1}. "
-                f"Resize it with model.resize_token_embeddings({size}), or use the tokenizer that it was trained with."
-            )
+        check_embeddings(role, config, size)
     depths, widths = (
         [getattr(config, name) for config in (student, teacher)] for name in ("num_hidden_layers", "hidden_size")
     )
