@@ -40,7 +40,9 @@ def on_page_markdown(markdown, page, **_):
     """Tables in the place of ``<!-- table: NAME -->``; marks for the tests are left out. A list may follow its paragraph at
     once, as on other sites that show Markdown."""
     parts = FENCED.split(markdown)
-    markdown = "".join(LIST_AT_ONCE.sub(r"\1\n\n", part) if place % 2 == 0 else part for place, part in enumerate(parts))
+    markdown = "".join(
+        LIST_AT_ONCE.sub(r"\1\n\n", part) if place % 2 == 0 else part for place, part in enumerate(parts)
+    )
     markdown = MARKER.sub(lambda mark: TABLES[mark[2]]() if mark[1] == "table" else "", markdown)
     return markdown if "/" in page.file.src_uri else OUTSIDE.sub(r"](source/\1)", markdown)
 
