@@ -31,7 +31,7 @@ MARK = re.compile(r"<!-- (check|run): ?(.*?) -->\n *\Z")
 COMMAND = re.compile(
     r"^    ((?:OMP_NUM_THREADS=1 )?(?:python|oprd|make) (?:.*\\\n)*.*)$", re.MULTILINE
 )  # results.md indents
-CHECKS = {"python": ("", "compile"), "bash": ("",), "yaml": ("", "gates"), "text": ("",), "": ("",), "html": ("",)}
+CHECKS = {"python": ("", "compile"), "bash": ("",), "yaml": ("", "gates"), "text": ("",), "": ("",)}
 NOT_OURS = ("cd", "git", "openssl", "trl")
 
 
