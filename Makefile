@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test lint table scale-test kill-test soak fuzz audit clean
+.PHONY: help install demo test lint docs table scale-test kill-test soak fuzz audit clean
 
 help:
 	@echo "make demo    distil the embedded miniature and compare (about 5 minutes on 2 cores)"
 	@echo "make test    lint and all tests (about 12 minutes on 2 cores)"
+	@echo "make docs    build the documentation site into build/site (some seconds)"
 	@echo "make kill-test  kill runs at some forty moments, repeat the command, compare (about 15 minutes)"
 	@echo "make soak    2,000 updates with every option on: does anything grow? (about an hour)"
 	@echo "make scale-test  DDP, FSDP2, ZeRO-2 and ZeRO-3 with 2 and 4 processes against one (about 15 minutes)"
@@ -35,6 +36,11 @@ lint: install
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The variable keeps the theme from writing about its own future.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open build/site/index.html, or serve it, with search: $(BIN)/python -m http.server --directory build/site"
 
 table: install
 	$(BIN)/python benchmarks/same_family_table.py

@@ -32,6 +32,7 @@ REPRESENTATION_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "normalized_mse": _normalized_mse,
     "cosine": _cosine,
 }
+"""Distances by name: ``[..., d]`` twice -> ``[...]``. A distance of one's own is an entry here."""
 
 
 def representation_distance(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from oprd.objectives.reduction import reduce_positions
 
 TRANSITION_OVER = ("positions", "layers", "both")
+"""Which changes are compared: from one position to the next, from one layer to the next, or both."""
 
 
 def transition_distance(student: Tensor, teacher: Tensor) -> Tensor:

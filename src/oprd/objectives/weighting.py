@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LAYER_WEIGHTINGS = ("uniform", "teacher_rms", "adaptive")
+"""What `layer_weights` takes."""
 WEIGHT_LIMIT = 4.0  # `adaptive` weights lie within this factor of their mean, on either side, before it becomes 1
 
 

@@ -1,0 +1,104 @@
+"""What the site adds to the pages: tables made from the code, equations as MathML, and files that links lead to outside of docs/."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+import yaml
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, CHOICES, DATA_HELP, HELP
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "src" / "oprd" / "recipes"
+INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+)\)")
+LIST_AT_ONCE = re.compile(r"^(?! |[-*] |[|#>]|\d+\. )(.*\S.*)\n(?=- |1\. )", re.MULTILINE)
+FENCED = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+MARKER = re.compile(r"^<!-- (table|check|run): ?(.*?) -->\n", re.MULTILINE)
+MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files, config):
+    """Pages that live at the top of the repository, and every file there that a page links to."""
+    for name, source in INCLUDED.items():
+        text = (ROOT / source).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, name, content=text))
+    for page in [page for page in files.documentation_pages() if "/" not in page.src_uri]:
+        for path in sorted(set(OUTSIDE.findall(page.content_string))):
+            name = f"source/{path}"
+            if files.get_file_from_path(name) is None:
+                content = (ROOT / path).read_bytes()  # a link to nowhere ends the build
+                files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Tables in the place of ``<!-- table: NAME -->``; marks for the tests are left out. A list may follow its paragraph at
+    once, as on other sites that show Markdown."""
+    parts = FENCED.split(markdown)
+    markdown = "".join(
+        LIST_AT_ONCE.sub(r"\1\n\n", part) if place % 2 == 0 else part for place, part in enumerate(parts)
+    )
+    markdown = MARKER.sub(lambda mark: TABLES[mark[2]]() if mark[1] == "table" else "", markdown)
+    return markdown if "/" in page.file.src_uri else OUTSIDE.sub(r"](source/\1)", markdown)
+
+
+def on_page_content(html, page, **_):
+    """TeX becomes MathML, which browsers show without a script."""
+
+    def mathml(found: re.Match) -> str:
+        made = convert(unescape(found[3]), display="block" if found[1] == "div" else "inline")
+        if "\\" in made:
+            raise ValueError(
+                f"{page.file.src_uri}: a command of {found[3]!r} is not known to latex2mathml. Write it otherwise."
+            )
+        return f'<div class="equation">{made}</div>' if found[1] == "div" else made
+
+    return MATHS.sub(mathml, html)
+
+
+def recipes() -> str:
+    """Name, models and the first sentence of every recipe that ships."""
+    rows = ["| recipe | student | teacher | what |", "|---|---|---|---|"]
+    for path in sorted(RECIPES.glob("*.yaml")):
+        text = path.read_text()
+        settings = yaml.safe_load(text)
+        rows.append(f"| `{path.stem}` | `{settings['model_name_or_path']}` | {_teacher(settings)} | {about(text)} |")
+    return "\n".join(rows) + "\n"
+
+
+def about(recipe: str) -> str:
+    """The first sentence of a recipe's header."""
+    header = " ".join(line.removeprefix("# ") for line in recipe.split("\n#   ")[0].splitlines())
+    first = re.split(r"(?<=[a-z)\d]{2}\.) ", header)[0]
+    return first.replace(" (docs/results.md)", " ([results](results.md))")
+
+
+def _teacher(settings: dict) -> str:
+    if "teachers" in settings:
+        return ", ".join(f"`{teacher['model_name_or_path']}`" for teacher in settings["teachers"].values())
+    return f"`{settings['teacher_model_name_or_path']}`" if "teacher_model_name_or_path" in settings else "itself"
+
+
+def _settings(table: dict[str, str]):
+    def rows() -> str:
+        lines = ["| key | what it does |", "|---|---|"]
+        for name, text in table.items():
+            choices = " ".join(f"`{choice}`" for choice in CHOICES.get(name, ()))
+            lines.append(f"| `{name}` | {text.replace('|', chr(92) + '|')}{f'<br>{choices}' if choices else ''} |")
+        return "\n".join(lines) + "\n"
+
+    return rows
+
+
+TABLES = {
+    "recipes": recipes,
+    "objective": _settings(HELP),
+    "data": _settings(DATA_HELP),
+    "bridge": _settings(BRIDGE_HELP),
+    "benchmarks": _settings(BENCHMARK_HELP),
+}
