@@ -1,16 +1,22 @@
 """Quiet, offline, one thread: what every test relies on."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="oprd-tests-")  # not among the curves of whoever runs the tests
 
 import hypothesis
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 # The same examples every time where a failure would stop others; fresh ones on people's machines.
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
+from collections.abc import Callable
 
 from oprd.commands.bridge import run_bridge
 from oprd.commands.compare import add_compare
+from oprd.commands.completion import add_completion
 from oprd.commands.demo import add_demo
 from oprd.commands.diagnose import add_diagnose
 from oprd.commands.eval import add_eval
 from oprd.commands.gate import add_gate
+from oprd.commands.launching import tell_error
 from oprd.commands.plan import run_plan
 from oprd.commands.prune import add_prune
+from oprd.commands.recipes import add_recipes, add_show
 from oprd.commands.registry import add_registry
 from oprd.commands.report import add_report
 from oprd.commands.serve import add_serve
@@ -22,29 +27,70 @@ from oprd.commands.train import run_train
 OWN_KEYS = {"train": run_train, "bridge": run_bridge, "plan": run_plan}  # commands whose keys another parser reads
 
 
+def _own(name: str, told: str) -> Callable:
+    """A command of `OWN_KEYS`: it prints its own help too."""
+    return lambda commands: commands.add_parser(name, help=told, add_help=False)
+
+
+GROUPS: dict[str, tuple[Callable, ...]] = {  # in the order in which one comes to need them
+    "to begin": (add_demo, add_recipes, add_show),
+    "before training": (
+        add_diagnose,
+        _own("plan", "tell what a recipe needs of a GPU, and what would help"),
+        _own("bridge", "fit a bridge between two models, or look into one"),
+        add_prune,
+    ),
+    "training": (_own("train", "distil a teacher into a student from a recipe"),),
+    "what came of it": (add_eval, add_compare, add_report),
+    "putting it to use": (add_gate, add_registry),
+    "around it": (add_serve, add_completion),
+}
+FIRST = """\
+to try first:
+  oprd demo                                      see the method work on an embedded miniature
+  oprd show miniature > my.yaml                  start a recipe from one that ships with oprd
+  oprd train --config my.yaml --max_steps 20     train from it; any setting can be given here too
+
+oprd COMMAND --help explains a command."""
+
+
+class _Grouped(argparse.ArgumentParser):
+    """A parser that lists its commands by group."""
+
+    groups: dict[str, list[str]]
+
+    def format_help(self) -> str:
+        told = {action.dest: action.help for action in self.commands._choices_actions}
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        lines = []
+        for title, names in self.groups.items():
+            lines += ["", f"{title}:"]
+            for name in names:
+                lines += textwrap.wrap(told[name], 96, initial_indent=f"  {name:<15}", subsequent_indent=" " * 17)
+        options = ["", "options:"]
+        for action in self._optionals._group_actions:
+            options.append(f"  {', '.join(action.option_strings):<15}{action.help}")
+        return "\n".join([formatter.format_help().rstrip(), *lines, *options, "", FIRST, ""])
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; ``train`` and ``bridge`` leave their keys to the recipe parser."""
+    """The command line; commands of `OWN_KEYS` leave theirs to another parser."""
     from importlib.metadata import version
 
-    parser = argparse.ArgumentParser(prog="oprd", description="On-policy distillation in hidden-state space.")
-    parser.add_argument("--version", action="version", version=f"oprd {version('oprd')}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="distil a teacher into a student from a recipe", add_help=False)
-    commands.add_parser("bridge", help="fit a bridge between two models, or look into one", add_help=False)
-    commands.add_parser("plan", help="what a recipe needs of a GPU, and what would help", add_help=False)
-    for add in (
-        add_diagnose,
-        add_prune,
-        add_eval,
-        add_compare,
-        add_report,
-        add_gate,
-        add_registry,
-        add_serve,
-        add_demo,
-    ):
-        add(commands)
+    parser = _Grouped(prog="oprd", description="On-policy distillation in hidden-state space.")
+    parser.add_argument("--version", action="version", version=f"oprd {version('oprd')}", help="print the version")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from (before COMMAND)")
+    parser.commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
+    parser.groups = {}
+    for title, commands in GROUPS.items():
+        before = len(parser.commands.choices)
+        for add in commands:
+            add(parser.commands)
+        parser.groups[title] = list(parser.commands.choices)[before:]
     return parser
 
 
@@ -58,9 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 1 when something is wrong with the input (one line on stderr), 2 on bad usage, 3 when
     a gate is shut."""
     arguments = [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    options, rest = build_parser().parse_known_args(arguments)
-    if rest and options.command not in OWN_KEYS:
-        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command not in OWN_KEYS and not hasattr(options, "keys_after"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.parser, options.keys = parser, rest
     try:
         return OWN_KEYS[options.command](rest) if options.command in OWN_KEYS else options.run_command(options)
     except BrokenPipeError:  # whoever read the output has had enough
@@ -70,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.traceback:
             raise
         told = " ".join(str(error).split()) or type(error).__name__  # libraries write whole paragraphs
-        print(f"oprd: error: {told} [oprd --traceback {options.command} ... shows where]", file=sys.stderr)
+        tell_error(f"oprd: error: {told} [oprd --traceback {options.command} ... shows where]")
         return 1
     except KeyboardInterrupt:
         print("oprd: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """SIGTERM and kills inside of one process, at chosen places: what was left undone is done first, and nothing else changes."""
 
+import json
 import os
 import signal
 
@@ -65,7 +66,7 @@ def interrupt(monkeypatch, owner, name, call, how):
         if len(calls) == call:
             if how == "kill":
                 raise KeyboardInterrupt
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, how))
         return honest(*given, **named)
 
     monkeypatch.setattr(owner, name, interrupted)
@@ -102,6 +103,22 @@ def test_sigterm(data, expected, tmp_path, monkeypatch, capsys, owner, name, cal
     train(run, data, **EVALUATED, **SCORED)
     assert f"continues from checkpoint-{step}" in capsys.readouterr().err
     assert result(run) == expected
+
+
+def test_ctrl_c_saves_too(data, expected, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    interrupt(monkeypatch, OPRDTrainer, "_micro_batch_loss", 2, "SIGINT")
+    train(run, data, status=130, **EVALUATED, **SCORED)
+    monkeypatch.undo()
+    told = capsys.readouterr().err
+    assert "Ctrl-C: finishing what is under way; a second one stops at once." in told
+    assert "stopped by Ctrl-C at step 2, checkpoint-2 written; the same command continues" in told
+    assert read_manifest(run)["status"] == "interrupted"
+    train(run, data, **EVALUATED, **SCORED)
+    assert result(run) == expected
+    card = (run / "best" / "README.md").read_text()  # the best student has a card too
+    step = json.loads((run / "best" / "score.json").read_text())["step"]
+    assert f"best student, the one after update {step}" in card and (run / "final" / "README.md").exists()
 
 
 EPOCHS = {**EVALUATED, "eval_strategy": "epoch", "logging_strategy": "epoch", "dataset_name": "{data}", "max_steps": 6}

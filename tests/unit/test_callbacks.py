@@ -1,8 +1,10 @@
 import json
+import logging
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from oprd.commands.shared import show_events
 from oprd.training.callbacks import MetricsFile, ProgressLine, read_metrics
 
 
@@ -133,6 +135,18 @@ def test_a_broken_line_before_the_last_is_an_error(args, path):
 
 def test_no_file_no_lines(path):
     assert read_metrics(path) == []
+
+
+def test_an_event_has_a_line_of_its_own(args, capsys):
+    show_events()
+    bar, state = ProgressLine("OPRD"), TrainerState(max_steps=4, is_world_process_zero=True)
+    logging.getLogger("oprd.training").info("before")
+    bar.on_train_begin(args, state, TrainerControl())
+    bar.training_bar.update(1)
+    logging.getLogger("oprd.training").info("beside")
+    bar.on_train_end(args, state, TrainerControl())
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert [line for line in lines if "oprd:" in line] == ["oprd: before", "oprd: beside"]
 
 
 def test_the_bar_shows_the_latest_numbers(args, capsys):

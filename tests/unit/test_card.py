@@ -44,6 +44,20 @@ def test_the_front_matter_of_a_run_between_models_of_the_hub(tmp_path):
     assert (result.task_type, data.model_name) == ("text-generation", "run")
 
 
+def test_the_best_student_has_a_card_of_its_own(tmp_path):
+    run = make_run(tmp_path / "run", [1, 0])
+    (run / "best-step-000002").mkdir()
+    (run / "best").symlink_to("best-step-000002")
+    score = {"step": 2, "benchmark": "quiz", "metric": "avg_at_k", "value": 75.0, "low": 40.0, "high": 90.0}
+    (run / "best" / "score.json").write_text(json.dumps(score))
+    evaluate_run(run, [1, 1, 1, 0], who="step-000002", on=quiz("other", 4))
+    final, best = card_of(run), ModelCard.load(run / "best" / "README.md")
+    assert "best student, the one after update 2" in best.content and "best student" not in final.content
+    assert "75.0 [40.0, 90.0]" in best.content and "flatters" in best.content
+    assert [row[0] for row in tables(best) if row[0] in ("quiz", "other")] == ["other"]
+    assert [row[0] for row in tables(final) if row[0] in ("quiz", "other")] == ["quiz"]
+
+
 @pytest.mark.parametrize("name", ["miniature:student", "models/tiny", "./tiny", "/models/tiny", "../tiny"])
 def test_no_base_model_that_nobody_else_has(tmp_path, name):
     """Also where its folder is gone, or lies below another folder than this one."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import oprd
-from oprd.cli import main
+from oprd.cli import build_parser, main
 from oprd.training.options import BENCHMARK_HELP, CHOICES, DATA_HELP, HELP
 
 
@@ -50,20 +50,41 @@ def test_help_does_not_wait(arguments):
     "what",
     [
         "import oprd, oprd.cli",
-        "from oprd.commands.train import train_help; from oprd.cli import build_parser; train_help(); build_parser().format_help()",
+        """
+import contextlib, io
+from oprd.cli import build_parser, main
+helps = [[], ["bridge", "fit"], ["bridge", "inspect"], ["registry", "promote"], *([name] for name in build_parser().commands.choices)]
+for words in helps:
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        try:
+            main([*words, "--help"])
+        except SystemExit as stop:
+            assert stop.code == 0
+    assert told.getvalue().startswith(" ".join(["usage: oprd", *words])), words
+with contextlib.redirect_stdout(io.StringIO()):
+    assert main(["recipes"]) == main(["show", "miniature"]) == main(["completion", "bash"]) == 0
+""",
     ],
+    ids=["imports", "every help"],
 )
 def test_nothing_heavy_is_imported_first(what):
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'numpy'}"
-    done = python("-c", f"import sys; {what}; print(sorted({heavy} & set(sys.modules)))")
+    done = python("-c", f"import sys\n{what}\nprint(sorted({heavy} & set(sys.modules)))")
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_help_names_both_commands_and_the_version(run):
+def test_help_lists_every_command_once_in_order_and_the_version(run):
     status, out, _ = run("--help")
     assert status == 0
-    assert "train" in out
-    assert "demo" in out
+    parser = build_parser()
+    told = {action.dest: action.help for action in parser.commands._choices_actions}
+    assert [name for names in parser.groups.values() for name in names] == list(told)
+    lines = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2:3].isalpha()]
+    assert [name for name in lines if name in told] == list(told)
+    for name, line in told.items():  # one line each, in one form: verb first, no full stop
+        assert line == line[0].lower() + line[1:] and line[-1] != "." and not line.split()[0].endswith("s"), name
+    assert all(len(line) <= 100 for line in out.splitlines())
+    assert out.count("oprd demo") == 1 and "oprd show miniature > my.yaml" in out
     assert run("--version") == (0, f"oprd {version('oprd')}\n", "")
 
 

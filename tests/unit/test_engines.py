@@ -1,6 +1,9 @@
 """What a sharded run cannot take is refused; what leads into several processes is checked before any starts."""
 
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +178,48 @@ def test_launches_that_cannot_be(launched, given, told):
     with pytest.raises(ValueError, match=told):
         launching.launch(["train"], given)
     assert not launched
+
+
+@pytest.mark.parametrize("name", launching.NUMBERS)
+def test_numbers_are_numbers(launched, name):
+    with pytest.raises(ValueError, match=f"--{name} must be a whole number, got 'two'"):
+        launching.launch(["train"], ["--accelerate_config", "zero2", f"--{name}", "two"])
+    assert not launched
+
+
+def test_what_all_processes_say_is_told_once(launched, monkeypatch, capsys):
+    class ChildFailedError(Exception):
+        failures = {2: SimpleNamespace(exitcode=-9, signal_name=lambda: "SIGKILL"), 0: SimpleNamespace(exitcode=1)}
+
+    def fails(parsed):
+        for rank, message in enumerate(["oprd: error: all", "oprd: error: all", "oprd: error: mine"]):
+            monkeypatch.setenv("RANK", str(rank))
+            launching.tell_error(message)
+        raise ChildFailedError
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fails)
+    before = signal.getsignal(signal.SIGINT)
+    assert launching.launch(["train"], ["--accelerate_config", "fsdp2"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "oprd: error: all",
+        "oprd: error: mine",
+        "oprd: error: process 2 was ended by SIGKILL (often: no main memory left).",
+    ]
+    assert signal.getsignal(signal.SIGINT) is before and launching.ERRORS not in os.environ
+    launching.tell_error("alone")
+    assert capsys.readouterr().err == "alone\n"
+
+
+def test_ctrl_c_in_a_launch(launched, monkeypatch):
+    class SignalException(Exception):
+        sigval = signal.SIGINT
+
+    def stopped(parsed):
+        os.kill(os.getpid(), signal.SIGINT)  # the processes get it too; this one waits for them
+        raise SignalException
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", stopped)
+    assert launching.launch(["train"], ["--accelerate_config", "fsdp2"]) == 130
 
 
 def test_not_twice(launched, monkeypatch):

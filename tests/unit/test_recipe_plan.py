@@ -7,8 +7,11 @@ import yaml
 from transformers import Qwen2Config
 
 from oprd.cli import main
+from oprd.insight import recipe_models, recipe_plan
 from oprd.insight.planner import GB
-from oprd.insight.recipe_plan import alternatives, plan_recipe
+from oprd.insight.recipe_plan import alternatives, plan_recipe, setup_of
+from oprd.training.recipe import parse
+from oprd.training.shipped import shipped
 
 CONFIG = Qwen2Config(
     vocab_size=512,
@@ -210,3 +213,37 @@ def test_several_teachers(recipe, tmp_path):
     assert together.plan.targets == 3 * plain.targets and routed.targets == plain.targets
     assert apart.teacher == 3 * plain.counts.teacher_head
     assert any("of 3 teachers the largest" in note for note in together.notes)
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """The Hub's models by small configs; what a plan takes from a recipe is the same."""
+    wide = Qwen2Config.from_dict(CONFIG.to_dict() | {"hidden_size": 128, "num_hidden_layers": 3, "layer_types": None})
+    honest = recipe_models.config_of
+
+    def use(name):
+        unlike = "bridge" in name or name.startswith("qwen3-1.7b-base")
+
+        def config_of(key, model, *more):
+            if model.startswith("miniature:"):
+                return honest(key, model, *more)
+            return wide if unlike and key.startswith("teacher") else CONFIG
+
+        for module in (recipe_models, recipe_plan):
+            monkeypatch.setattr(module, "config_of", config_of)
+
+    return use
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_can_be_planned(name, small_models):
+    small_models(name)
+    configs = parse(["--config", name, "--use_cpu", "true"], "plan")
+    setup, _ = setup_of(configs, bf16=True, prompt_tokens=None, processes=1, sharding="none")
+    assert sum(setup.shapes.rows[0]) > configs.args.max_completion_length
+
+
+def test_a_shipped_recipe_is_planned(small_models):
+    small_models("qwen3-1.7b-base-bridge-paper")
+    found = plan_recipe(["--config", "qwen3-1.7b-base-bridge-paper"], gpu_memory=80)
+    assert found.plan.fits and found.plan.peak > 0 and found.rows[0]["objective"] == "this recipe"

@@ -28,6 +28,34 @@ def test_outside_of_a_held_block_a_signal_ends_it_at_once(accelerator):
     assert not SIGNALS.asked(accelerator)  # nobody obeys signals any more
 
 
+def test_ctrl_c_ends_it_with_the_code_that_shells_expect(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    for launched, code in ((False, 130), (True, 0)):  # a launcher would take 130 for a failure
+        monkeypatch.setenv("LOCAL_RANK", "0") if launched else monkeypatch.delenv("LOCAL_RANK", raising=False)
+        with pytest.raises(Stopped, match="stopped by Ctrl-C") as caught, SIGNALS.obeyed():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            pytest.fail("went on")
+        assert caught.value.code == code
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_not_for_forked_workers_and_an_ignored_one_stays_ignored(accelerator):
+    with SIGNALS.obeyed(), SIGNALS.held():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with SIGNALS.obeyed(), SIGNALS.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not SIGNALS.asked(accelerator)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_in_a_held_block_it_is_noted(accelerator, number):
     with SIGNALS.obeyed(), SIGNALS.held():
@@ -69,6 +97,29 @@ def test_stopped_is_told_and_no_library_swallows_it(caplog):
 
 def script(body):
     return [sys.executable, "-c", textwrap.dedent(body)]
+
+
+def test_a_second_ctrl_c_ends_it_at_once():
+    process = subprocess.Popen(
+        script("""
+        import signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        from oprd.durability.stopping import SIGNALS
+        with SIGNALS.obeyed(), SIGNALS.held():
+            print("ready", flush=True)
+            while SIGNALS.received is None:
+                time.sleep(0.01)
+            print(SIGNALS.received, flush=True)
+            time.sleep(60)
+        """),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "Ctrl-C\n"
+    process.send_signal(signal.SIGINT)  # no launcher passes it on, so this is the user again
+    assert process.wait(10) == -signal.SIGINT
 
 
 def test_a_second_request_ends_it_at_once():

@@ -41,8 +41,8 @@ def run_bridge(arguments: list[str]) -> int:
 
         try:
             directory, bridge, is_main = fit([argument for argument in rest if argument != "--json"])
-        except Stopped:  # it has said so
-            return 0
+        except Stopped as stopped:  # it has said so
+            return stopped.code
         return _show_bridge(bridge, directory / "plots", as_json) if is_main else 0
     options = _bridge_parser().parse_args(arguments)
     from oprd.bridge import Bridge
@@ -53,17 +53,23 @@ def run_bridge(arguments: list[str]) -> int:
 
 def _bridge_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oprd bridge", description="Fit bridges between models, and look into them.")
+    add_actions(parser)
+    return parser
+
+
+def add_actions(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Its actions; the parser of ``fit``, whose keys are the recipe parser's."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("fit", help="fit a bridge for a training recipe (oprd bridge fit --help)", add_help=False)
+    fit = actions.add_parser("fit", help="fit a bridge for a training recipe (oprd bridge fit --help)", add_help=False)
     inspect = actions.add_parser(
         "inspect",
         help="print and plot a bridge's report",
         description="Cosine against rank before and after the fit, R^2, held-out rows, controls, and what to expect.",
     )
-    inspect.add_argument("directory", help="folder of the bridge")
+    inspect.add_argument("directory", metavar="BRIDGE", help="folder of the bridge")
     inspect.add_argument("--plots", default=None, help="where the plots go (default: plots/ in the folder)")
     inspect.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    return parser
+    return fit
 
 
 def _show_bridge(bridge, plots: str, as_json: bool) -> int:

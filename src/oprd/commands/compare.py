@@ -14,7 +14,7 @@ def add_compare(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "compare",
-        help="runs or evaluations side by side, with paired differences and cost",
+        help="set runs or evaluations side by side, with paired differences and cost",
         description="One table of runs (their final students) or folders of evaluations, with 95 % intervals. Every later one is "
         "compared with the first, problem by problem: difference, interval, p-value. With runs, a plot of accuracy against "
         "time and memory.",

@@ -12,13 +12,15 @@ def add_demo(commands) -> None:
     """Its words."""
     demo = commands.add_parser(
         "demo",
-        help="distil the embedded miniature and compare methods (minutes, CPU)",
+        help="distil the embedded miniature with several methods and compare them (minutes, CPU)",
         description="Distil the embedded miniature with several methods on one budget, and compare. same: a teacher of the "
         "student's origin (OPRD, OPD top-16). bridge: a deeper and wider teacher of another origin (bridge, full KL). "
         "tokenizer: a teacher with another tokenizer (bridge, prefix marginals).",
     )
     demo.add_argument("which", nargs="?", choices=("same", "bridge", "tokenizer"), default="same", help="which pair")
-    demo.add_argument("--out", default="runs/demo", help="where runs and plots go (default: %(default)s)")
+    demo.add_argument(
+        "--out", "--output_dir", default="runs/demo", help="where runs and plots go (default: %(default)s)"
+    )
     demo.add_argument("--steps", type=int, default=None, help="updates of each method (default: the recipe's)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the rollouts (default: %(default)s)")
     demo.add_argument(

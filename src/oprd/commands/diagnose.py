@@ -18,7 +18,7 @@ def add_diagnose(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "diagnose",
-        help="see how far apart two models are, or what a run changed, and what to do",
+        help="compare two models, or a run's student before and after, and advise",
         description="Let the student answer prompts, let both models read the answers, and say whether the teacher's states can "
         "teach it: directly, through a bridge, or not at all. Layer by layer: cosine, variance explained, CKA, massive "
         "activations; by position: cosine and KL over the first and the last k; of the LM heads: how far they have "

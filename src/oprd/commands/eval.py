@@ -25,7 +25,7 @@ def add_eval(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "eval",
-        help="sample k answers to every problem of a benchmark and grade them",
+        help="sample answers to benchmarks and grade them",
         description="Sample k answers to every problem and grade them with math-verify. Every answer is written to responses.jsonl, "
         "the numbers with 95 % intervals to summary.json. A killed evaluation continues where it was when the same "
         "command runs again.",
@@ -37,7 +37,7 @@ def add_eval(commands) -> None:
         "json or jsonl file, or a Hub id")  # fmt: skip
     add("--of", nargs="+", choices=ROLES, default=["final"], help="whose answers, where the model is a run: its final or best "
         "student, the student before, the teacher")  # fmt: skip
-    add("--out", default=None, help="where results go, a folder each benchmark (default: the run's evaluations/, else "
+    add("--out", "--output_dir", default=None, help="where results go, a folder each benchmark (default: the run's evaluations/, else "
         "evaluations/MODEL)")  # fmt: skip
     add("--samples", type=int, default=16, help="answers to each problem")
     add("--temperature", type=float, default=0.7, help="0 is greedy, with one sample")

@@ -28,7 +28,7 @@ def add_gate(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "gate",
-        help="hold a run against thresholds and a baseline; the exit code says whether it passes",
+        help="hold a run against thresholds and a baseline (exit code 3: not passed)",
         description="Hold a run's final student against thresholds on accuracy, length, repetition and cost. Scores are\n"
         "judged by their 95 % intervals, differences are paired by problem. Exit code 0: passed, 3: not. The\n"
         "outcome is kept in the run's gate.json, which oprd registry promote asks for.",
@@ -37,7 +37,7 @@ def add_gate(commands) -> None:
     )
     parser.add_argument("candidate", metavar="RUN", help="a run, or a folder of evaluations")
     parser.add_argument("--against", default=None, metavar="BASELINE", help="a run, or a folder of evaluations")
-    parser.add_argument("--config", required=True, metavar="GATES", help="YAML file with the thresholds")
+    parser.add_argument("--config", "--gates", required=True, metavar="GATES", help="YAML file with the thresholds")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run_command=run_gate)
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from importlib.resources import files
+import signal
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 KEY = "accelerate_config"
+ERRORS = "OPRD_ERROR_FOLDER"  # set for the processes of a launch
+INTERRUPTED = 130
+NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
+FOLDER = Path(__file__).parent.parent / "launch"
 LAUNCH_HELP: dict[str, str] = {
     KEY: "How processes are laid out: the name of a configuration that ships with oprd (single_gpu, multi_gpu, fsdp2, zero2, "
     "zero3, multi_gpu_nodes, fsdp2_nodes, zero3_nodes) or a file of accelerate config. docs/scale.md says which.",
@@ -37,22 +45,54 @@ def launch(command: list[str], arguments: list[str]) -> int | None:
         raise ValueError(f"--{next(iter(asked))} is for several processes: say how with --{KEY} NAME (docs/scale.md).")
     if "LOCAL_RANK" in os.environ:
         raise ValueError(f"--{KEY} inside accelerate launch or torchrun: choose one of the two.")
+    config = _config_file(asked.pop(KEY))
+    for name, value in asked.items():
+        if name in NUMBERS and not value.isdecimal():
+            raise ValueError(f"--{name} must be a whole number, got {value!r}.")
+    settings = [part for name, value in asked.items() for part in (f"--{name}", value)]
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    config = _config_file(asked.pop(KEY))
-    settings = [part for name, value in asked.items() for part in (f"--{name}", value)]
     parsed = launch_command_parser().parse_args(
         ["--config_file", str(config), *settings, "--module", "oprd", *command, *rest]
     )
-    try:
-        launch_command(parsed)
-    except SystemExit as status:
-        return int(status.code or 0)
-    except Exception as error:  # torch's launcher wraps whatever a process failed of, and each has said so itself
-        if type(error).__name__ not in ("ChildFailedError", "SignalException", "CalledProcessError"):
-            raise
-        return 1
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # we say it
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the processes, which finish and save
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ERRORS] = folder
+        try:
+            launch_command(parsed)
+        except SystemExit as status:
+            return int(status.code or 0)
+        except Exception as error:  # torch's launcher wraps whatever a process failed of
+            kind = type(error).__name__
+            if kind not in ("ChildFailedError", "SignalException", "CalledProcessError"):
+                raise
+            _tell_errors(Path(folder), getattr(error, "failures", {}))
+            return INTERRUPTED if getattr(error, "sigval", None) == signal.SIGINT else 1
+        finally:
+            signal.signal(signal.SIGINT, before)
+            del os.environ[ERRORS]
     return 0
+
+
+def tell_error(message: str) -> None:
+    """One line on stderr; from a process of `launch`, through it, so that what all of them say is told once."""
+    folder = Path(os.environ.get(ERRORS) or "/nowhere")
+    if folder.is_dir():
+        (folder / os.environ.get("RANK", "0")).write_text(message, encoding="utf-8")
+    else:
+        print(message, file=sys.stderr)
+
+
+def _tell_errors(folder: Path, failures: dict[int, Any]) -> None:
+    """What the processes have said, each thing once; and which of them a signal ended."""
+    told = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())]
+    for rank, failure in failures.items():
+        if failure.exitcode < 0:
+            why = " (often: no main memory left)" if failure.exitcode == -signal.SIGKILL else ""
+            told.append(f"oprd: error: process {rank} was ended by {failure.signal_name()}{why}.")
+    for message in dict.fromkeys(told):
+        print(message, file=sys.stderr)
 
 
 def _taken(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -75,9 +115,11 @@ def _taken(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 def _config_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    folder = Path(str(files("oprd"))) / "launch"
-    path = folder / f"{name}.yaml"
-    known = sorted(entry.stem for entry in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"--{KEY} {name}: neither a file nor one of {', '.join(known)}.")
-    return path
+    if name not in layouts():
+        raise ValueError(f"--{KEY} {name}: neither a file nor one of {', '.join(layouts())}.")
+    return FOLDER / f"{name}.yaml"
+
+
+def layouts() -> tuple[str, ...]:
+    """Names of the configurations that ship with oprd."""
+    return tuple(sorted(entry.stem for entry in FOLDER.glob("*.yaml")))

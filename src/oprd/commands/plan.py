@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from typing import NoReturn
 
 from oprd.commands.shared import show_events, show_rows
 
@@ -29,18 +31,30 @@ generation: keys and values of the responses that are sampled at once, or vLLM's
 matrix products and attention of the teacher's forward and the student's forward, recomputation and backward."""
 
 
+class _Own(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        told = re.sub(r"^argument (--\w+): ", r"\1: ", message)
+        raise ValueError(f"{told}. Correct it; oprd plan --help explains the settings.")
+
+
+def add_own_keys(parser: argparse.ArgumentParser) -> None:
+    """What a plan takes beside the keys of a recipe; `PLAN_HELP` explains it at length."""
+    add = parser.add_argument
+    add("--gpu_memory", type=float, metavar="GB", help="memory of one GPU")
+    add("--gpus", type=int, default=1, metavar="N", help="processes, one on each GPU")
+    add("--sharding", choices=("none", "zero2", "zero3", "fsdp"), default="none", help="what is split over the GPUs")
+    add("--prompt_tokens", type=int, metavar="N", help="length of a prompt")
+    add("--all", action="store_true", help="every objective, with full and with suffix gradient")
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+
 def run_plan(arguments: list[str]) -> int:
     """Run; the other keys are the recipe parser's."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(PLAN_HELP)
         return 0 if arguments else 2
-    own = argparse.ArgumentParser(prog="oprd plan", add_help=False, allow_abbrev=False)
-    own.add_argument("--gpu_memory", type=float)
-    own.add_argument("--gpus", type=int, default=1)
-    own.add_argument("--sharding", choices=("none", "zero2", "zero3", "fsdp"), default="none")
-    own.add_argument("--prompt_tokens", type=int)
-    own.add_argument("--all", action="store_true")
-    own.add_argument("--json", action="store_true")
+    own = _Own(prog="oprd plan", add_help=False, allow_abbrev=False)
+    add_own_keys(own)
     options, arguments = own.parse_known_args(arguments)
     for name in ("gpus", "gpu_memory", "prompt_tokens"):
         value = getattr(options, name)

@@ -23,12 +23,16 @@ def add_prune(commands) -> None:
     )
     add = parser.add_argument
     add("model", help="a Hub id, a folder, or miniature:NAME")
-    add("--out", required=True, help="folder of the student; must not be there yet")
+    add("--out", "--output_dir", required=True, help="folder of the student; must not be there yet")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--keep", type=int, help="how many layers stay")
     which.add_argument("--drop", type=int, help="how many layers go")
     which.add_argument("--layers", help="the layers that stay, by hand, such as 1,2,4,6; layers count from 1")
-    add("--data", help="prompts: a Hub id, or a parquet, json or jsonl file; needed with --keep and --drop")
+    add(
+        "--data",
+        "--dataset_name",
+        help="prompts: a Hub id, or a parquet, json or jsonl file; needed with --keep and --drop",
+    )
     add("--prompts", type=int, help="prompts drawn from them (default: 256)")
     add("--answers", type=int, help="most tokens of the model's answer to each, 0 for prompts alone (default: 64)")
     add("--batch_size", type=int, help="prompts at once (default: 16)")

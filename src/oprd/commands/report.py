@@ -13,12 +13,14 @@ def add_report(commands) -> None:
     """Its words."""
     parser = commands.add_parser(
         "report",
-        help="one run as one self-contained HTML page",
+        help="write a run up as one self-contained HTML page",
         description="Write a page about a run: what was distilled from what, how good it is with intervals, curves, speed and "
         "memory, answers side by side, the manifest. It opens from disk without a network.",
     )
     parser.add_argument("run", metavar="RUN", help="a run of oprd train")
-    parser.add_argument("--out", default=None, metavar="FILE", help="where the page goes (default: RUN/report.html)")
+    parser.add_argument(
+        "--out", "--output_dir", default=None, metavar="FILE", help="where the page goes (default: RUN/report.html)"
+    )
     parser.add_argument("--json", action="store_true", help="print the path as JSON")
     parser.set_defaults(run_command=run_report)
 

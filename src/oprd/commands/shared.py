@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import sys
 import textwrap
+import warnings
 from typing import Any
 
 from oprd.training.options import CHOICES
@@ -43,19 +47,26 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     print(json.dumps(rows, indent=2) if as_json else format_table(rows))
 
 
+class _Lines(logging.StreamHandler):
+    """Standard error, with a progress bar out of the way for as long as a line takes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # nobody draws a bar before it is imported
+        if tqdm is None or not tqdm.tqdm._instances:
+            super().emit(record)
+        else:
+            tqdm.tqdm.write(self.format(record), file=self.stream)
+
+
 def show_events() -> None:
     """One line per event of this project on stderr, once for all processes of a launch."""
-    import logging
-    import os
-    import warnings
-
     warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
 
     def plain(record: logging.LogRecord) -> bool:  # accelerate marks its lines; only the first process speaks here
         record.msg = str(record.msg).removeprefix("[RANK 0] ")
         return True
 
-    handler = logging.StreamHandler()
+    handler = _Lines()
     handler.addFilter(plain)
     handler.setFormatter(logging.Formatter("oprd: %(message)s"))
     events = logging.getLogger("oprd")

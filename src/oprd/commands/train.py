@@ -9,7 +9,8 @@ from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, 
 TRAIN_NOTES = """\
 The student is model_name_or_path, the teacher teacher_model_name_or_path. Every key of trl.DistillationConfig,
 transformers.TrainingArguments and trl.ModelConfig works too (learning_rate, max_steps, max_completion_length, use_vllm,
-use_peft, lora_r, ...). Keys on the command line win over the recipe; an unknown key is an error.
+use_peft, lora_r, ...). Keys on the command line win over the recipe; an unknown key is an error. Without output_dir a run goes
+to runs/NAME. Where trackio is installed and report_to is not set, numbers go to its dashboard on this machine too.
 
 several processes:  oprd train --config recipe.yaml --accelerate_config fsdp2 --num_processes 8
             or:     accelerate launch -m oprd train --config recipe.yaml
@@ -58,8 +59,8 @@ def run_train(arguments: list[str]) -> int:
 
     try:
         directory, is_main = run(arguments)
-    except Stopped:  # it has said so
-        return 0
+    except Stopped as stopped:  # it has said so
+        return stopped.code
     if is_main:
         metrics = read_metrics(directory / "metrics.jsonl")
         plot_runs({directory.name: metrics}, directory / "plots")

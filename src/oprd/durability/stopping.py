@@ -1,4 +1,4 @@
-"""SIGTERM as a request: what is under way is finished and saved, and the process ends with exit code 0."""
+"""SIGTERM and Ctrl-C as requests: what is under way is finished and saved, and the process ends (code 0; 130 on Ctrl-C)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from accelerate import Accelerator
 logger = logging.getLogger(__name__)
 
 # SLURM's --signal=USR1@120 comes this way; SIGTERM is what everybody else sends before SIGKILL.
-OBEYED = ("SIGTERM", "SIGUSR1")
+OBEYED = ("SIGTERM", "SIGUSR1", "SIGINT")
+TOLD = {"SIGINT": "Ctrl-C"}
+INTERRUPTED = 130  # as shells have it, so that a loop around the command ends too
 ECHO_SECONDS = 3.0  # a launcher and its workers often get one signal each, and the launcher passes its own on
 
 
 class Stopped(SystemExit):
-    """A signal has been obeyed and nothing is lost. Left alone, the process ends with exit code 0.
+    """A signal has been obeyed and nothing is lost. Left alone, the process ends with exit code 0, or 130 on Ctrl-C. (Processes
+    of a launcher end with 0: it would take anything else for a failure.)
 
     Not an ``Exception``, so that no library takes it for a failure of its own.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(0)
+        is_interrupted = SIGNALS.received == TOLD["SIGINT"] and not _is_launched()
+        super().__init__(INTERRUPTED if is_interrupted else 0)
         self.message = message
 
     def __str__(self) -> str:
@@ -51,8 +55,9 @@ class Signals:
         before = {}
         for name in OBEYED:
             number = getattr(signal, name, None)
-            # Somebody else's SIGUSR1 (a profiler's, a debugger's) stays theirs.
-            if number is not None and (name == "SIGTERM" or signal.getsignal(number) is signal.SIG_DFL):
+            # Somebody else's SIGUSR1 (a profiler's, a debugger's) stays theirs; a SIGINT that nohup ignores stays ignored.
+            nobodys = (signal.SIG_DFL, signal.default_int_handler)
+            if number is not None and (name == "SIGTERM" or signal.getsignal(number) in nobodys):
                 before[number] = signal.signal(number, self._on_signal)
         try:
             yield
@@ -75,14 +80,18 @@ class Signals:
         return self.held() if processes > 1 else nullcontext()
 
     def _on_signal(self, number: int, _) -> None:
+        if number == signal.SIGINT and os.getpid() != self._process:
+            return  # a terminal sends it to forked workers too, and what is under way needs them
         is_echo = self.received is not None and time.monotonic() - self._at < ECHO_SECONDS
+        is_echo &= number != signal.SIGINT or _is_launched()  # nobody passes on what a terminal sends to all
         if os.getpid() != self._process or (self.received is not None and not is_echo):
             signal.signal(number, signal.SIG_DFL)  # a forked worker, or a second request: at once
             os.kill(os.getpid(), number)
             return
         if is_echo:
             return
-        self.received, self._at = signal.Signals(number).name, time.monotonic()
+        name = signal.Signals(number).name
+        self.received, self._at = TOLD.get(name, name), time.monotonic()
         if not self._depth:
             raise Stopped(f"stopped by {self.received} with nothing to save; the same command continues")
         logger.info(f"{self.received}: finishing what is under way; a second one stops at once.")
@@ -95,6 +104,10 @@ class Signals:
         if asked and self.received is None:  # its own signal may still be on its way
             self.received, self._at = "SIGTERM", time.monotonic()
         return asked
+
+
+def _is_launched() -> bool:
+    return "LOCAL_RANK" in os.environ
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:

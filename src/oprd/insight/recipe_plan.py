@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -20,8 +19,8 @@ from oprd.insight.simulate import Shapes
 from oprd.models import recorded_layer_map, resolve_path
 from oprd.objectives import select_layers
 from oprd.training.preflight import check_attention, check_layer_map
-from oprd.training.recipe import Configs, find_recipe, parse
-from oprd.training.recipe_file import read_recipe
+from oprd.training.recipe import Configs, parse
+from oprd.training.settings import spoken
 
 PROMPT_TOKENS = 512  # where nothing says how long prompts are
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -290,10 +289,10 @@ def plan_recipe(
     Raises:
         ValueError: whatever is wrong with the recipe, as far as it can be known without the data.
     """
-    spoken = _spoken(arguments)
+    said = spoken(arguments)
     configs = parse([*arguments, "--use_cpu", "true"], "plan")
-    for_cpu = spoken.get("use_cpu") is True
-    bf16 = spoken["bf16"] if spoken.get("bf16") is not None else not (for_cpu or configs.args.fp16)
+    for_cpu = said.get("use_cpu") is True
+    bf16 = said["bf16"] if said.get("bf16") is not None else not (for_cpu or configs.args.fp16)
     setup, notes = setup_of(
         configs, bf16=bool(bf16), prompt_tokens=prompt_tokens, processes=processes, sharding=sharding
     )
@@ -323,15 +322,6 @@ def plan_recipe(
             if p.peak < 0.995 * own.peak
         ]
     return RecipePlan(own, rows, helps, notes)
-
-
-def _spoken(arguments: list[str]) -> dict[str, Any]:
-    """What the recipe and the command line say, as it stands there."""
-    said: dict[str, Any] = {}
-    if "--config" in arguments[:-1]:
-        said = read_recipe(find_recipe(arguments[arguments.index("--config") + 1]))
-    pairs = zip(arguments, [*arguments[1:], "true"], strict=True)
-    return said | {key[2:]: yaml.safe_load(value) for key, value in pairs if key.startswith("--")}
 
 
 def verdict(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from oprd.evaluation.benchmarks import FILE_KINDS
 from oprd.lineage.evaluations import Found, find_evaluations, last_update, of_final
 from oprd.lineage.manifest import read_manifest
-from oprd.records import write_text
+from oprd.records import read_json, write_text
 
 TAGS = ["oprd", "trl", "distillation", "on-policy-distillation"]
 CITATION = """\
@@ -118,11 +119,22 @@ def _public(settings: Any) -> Any:
     return [_public(value) for value in settings] if isinstance(settings, list) else settings
 
 
-def render_card(run: Path) -> ModelCard:
-    """The card of a run, from its manifest and its evaluations."""
+def render_card(run: Path, best: dict[str, Any] | None = None) -> ModelCard:
+    """The card of a run's final student, from its manifest and its evaluations; or of its best one.
+
+    Args:
+        best: ``score.json`` of the best student.
+    """
     manifest = read_manifest(run)
     config, cost = manifest["config"], manifest["cost"]
-    evaluations = of_final(find_evaluations(run), last_update(manifest))
+    found, last = find_evaluations(run), last_update(manifest)
+    if best is None:
+        evaluations = of_final(found, last)
+    else:  # its own, else those of training after the same update
+        named = [
+            dataclasses.replace(one, who="final") if one.who == "best" else one for one in found if one.who != "final"
+        ]
+        evaluations = of_final(named, best["step"])
     root, where = root_student(manifest), manifest["directory"]
     base = hub_id(root["name"], where) if root["revision"] else None  # only what came from the Hub has a commit
     dataset = hub_id(config.get("dataset_name"), where)
@@ -154,6 +166,7 @@ def render_card(run: Path) -> ModelCard:
         f"`{root['name']}` distilled from {_teacher(manifest['teacher'])} on its own answers, with "
         "[oprd](https://arxiv.org/abs/2606.06021) (on-policy representation distillation).",
         "",
+        *_chosen(best),
         *_loading(config),
         "## Where it comes from",
         "",
@@ -191,8 +204,22 @@ def render_card(run: Path) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n")
 
 
+def _chosen(best: dict[str, Any] | None) -> list[str]:
+    """Which student of the run this is, where it is not the last."""
+    if best is None:
+        return []
+    return [
+        f"This is the run's best student, the one after update {best['step']}: it was chosen by {best['metric']} on "
+        f"{best['benchmark']} ({_estimate(best)}), so its score there flatters it. The last one is in the run's `final/`.",
+        "",
+    ]
+
+
 def write_card(run: Path) -> Path:
-    """Write the card into the run's ``final/``."""
-    path = Path(run) / "final" / "README.md"
+    """Write the card into the run's ``final/``, and one into ``best/`` where there is a best student."""
+    run = Path(run)
+    path, score = run / "final" / "README.md", run / "best" / "score.json"
     write_text(path, str(render_card(run)))
+    if score.exists():
+        write_text(score.parent / "README.md", str(render_card(run, read_json(score))))
     return path

@@ -170,7 +170,7 @@ class Manifest:
         """The run stopped with an error; one that never began leaves nothing behind."""
         if self._written is None:
             return
-        on_request = isinstance(error, SystemExit) and error.code == 0
+        on_request = isinstance(error, SystemExit) and error.code in (0, 130)
         stopped = on_request or isinstance(error, KeyboardInterrupt)
         self.content |= {"status": "interrupted" if stopped else "failed"}
         told = str(error) if on_request else "interrupted"

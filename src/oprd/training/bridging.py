@@ -91,6 +91,7 @@ def rollout_settings(args: OPRDConfig) -> OPRDConfig:
     args.representation_weight = args.representation_weight or 1.0  # so that too few pairs are refused
     args.eval_strategy, args.trainable, args.attention_weight = "no", "all", 0.0
     args.layer_weighting, args.representation_loss = "uniform", None
+    args.report_to = []  # nothing is trained, and trackers are opened by training
     # Rows stay with the process whose prompts they answer, and both models are read outside of a training step.
     args.max_tokens_per_microbatch, args.gradient_scope, args.offload_teacher = None, "full", False
     return args

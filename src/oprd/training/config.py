@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig
@@ -36,6 +36,8 @@ class OPRDConfig(DistillationConfig):
     Raises:
         ValueError: an unknown choice, an objective with nothing in it, or a setting that would be ignored.
     """
+
+    report_to_is_open: ClassVar[bool] = False  # a recipe without report_to: `oprd.training.dashboard` settles it
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})

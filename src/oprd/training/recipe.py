@@ -26,6 +26,7 @@ from oprd.training.config import OPRDConfig
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 from oprd.training.ranges import check_ranges
 from oprd.training.recipe_file import KEYS_ARE_LISTED, check_keys, check_values, kinds_of, read_recipe
+from oprd.training.shipped import find_recipe
 from oprd.training.tools import moved
 from oprd.training.validation import BenchmarkConfig
 
@@ -86,15 +87,17 @@ def _parser(command: str) -> TrlParser:
 def parse(arguments: list[str], command: str = "train") -> Configs:
     """``--config recipe.yaml`` and ``--key value`` pairs; later ones win. Unknown keys are errors."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser, rest = _parser(command), arguments
+    parser, rest, settings = _parser(command), arguments, {}
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ValueError("--config needs a recipe: a YAML file, or the name of one that ships with oprd.")
         recipe = find_recipe(arguments[position])
-        check_recipe(str(recipe), read_recipe(recipe), parser)
+        settings = read_recipe(recipe)
+        check_recipe(str(recipe), settings, parser)
         rest = [*arguments[: position - 1], *arguments[position + 1 :]]
         arguments = [*arguments[:position], str(recipe), *arguments[position + 1 :]]
+    said = {*settings, *(part.split("=", 1)[0].removeprefix("--") for part in arguments if part.startswith("--"))}
     for argument in arguments:
         key = argument.split("=", 1)[0]
         if key.startswith("--") and key not in {*parser._option_string_actions, "--config"}:
@@ -102,7 +105,12 @@ def parse(arguments: list[str], command: str = "train") -> Configs:
             raise ValueError(f"Unknown key {key}; " + (f"did you mean {near[0]}?" if near else KEYS_ARE_LISTED))
     if loose := parser.parse_known_args(rest)[1]:
         raise ValueError(f"Unexpected {loose[0]}: put its key before it, such as --config {loose[0]}.")
+    if "output_dir" not in said and "config" in said:
+        arguments = [*arguments, "--output_dir", f"runs/{recipe.stem}"]
+    elif "output_dir" not in said and command == "train":
+        raise ValueError("Nowhere to write to: set output_dir, such as --output_dir runs/first.")
     data, args, model, bridge, benchmark = parser.parse_args_and_config(arguments)
+    args.report_to_is_open = "report_to" not in said
     check_ranges(model)
     if isinstance(data.then, str):
         data.then = yaml.safe_load(data.then)
@@ -124,19 +132,6 @@ def check_recipe(where: str, settings: dict[str, Any], parser: argparse.Argument
     check_values(where, settings, kinds_of(KINDS))
 
 
-def find_recipe(name: str) -> Path:
-    """A path as given, or a recipe of the package by its name (``miniature`` or ``miniature.yaml``)."""
-    path = Path(name)
-    if path.exists():
-        return path
-    shipped = Path(__file__).parent.parent / "recipes"
-    candidate = shipped / (name.removesuffix(".yaml") + ".yaml")
-    if candidate.exists() and path.parent == Path("."):
-        return candidate
-    known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-    raise ValueError(f"There is no recipe {name}. Give a YAML file, or one that ships with oprd: {known}.")
-
-
 def resolved(configs: Configs) -> dict[str, Any]:
     """Every setting that is not its default, and all of this project's own: enough to repeat the run."""
     settings: dict[str, Any] = {}
@@ -153,6 +148,8 @@ def resolved(configs: Configs) -> dict[str, Any]:
     # Derived from the machine, or about this one call: not what repeats a run.
     for name in ("local_rank", "run_name", "resume", "resume_from_checkpoint"):
         settings.pop(name, None)
+    if configs.args.report_to_is_open:  # so that a repetition does not hang on a package either
+        settings.pop("report_to", None)
     return _without_secrets(settings)
 
 

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from huggingface_hub import upload_folder
 from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations import TrackioCallback
 from trl import ModelConfig, get_peft_config
 
 from oprd.bridge import Bridge
@@ -24,6 +25,7 @@ from oprd.records import check_folder, write_text
 from oprd.training.bridging import RolloutTrainer, fit_bridge, rollout_settings
 from oprd.training.callbacks import CostMeter, MetricsFile, ProgressLine
 from oprd.training.config import OPRDConfig
+from oprd.training.dashboard import Dashboard, choose_dashboard
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP
 from oprd.training.preflight import check_attention
 from oprd.training.quantised import check_quantised, quantization_of
@@ -75,6 +77,8 @@ def attach_callbacks(trainer: OPRDTrainer, description: str = "distilling") -> N
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressLine(description))
+    if trainer.pop_callback(TrackioCallback) is not None:
+        trainer.add_callback(Dashboard())
     trainer.add_callback(MetricsFile())
 
 
@@ -176,7 +180,8 @@ def _one_stage(configs: Configs, call: Call) -> bool:
             return PartialState().is_main_process
         loaded = load_data(configs)
         manifest = together(lambda: start_manifest(configs, settings, loaded.records(data), call, start))
-        manifest = manifest if PartialState().is_main_process else None
+        choose_dashboard(args, manifest.content["created"])
+        manifest, trainer = manifest if PartialState().is_main_process else None, None
         try:
             if args.bridge == "auto":
                 fitted = directory / "bridge"
@@ -197,6 +202,9 @@ def _one_stage(configs: Configs, call: Call) -> bool:
             if manifest is not None:
                 manifest.fail(error)
             raise
+        finally:
+            if trainer is not None and (dashboard := trainer.pop_callback(Dashboard)) is not None:
+                dashboard.finish(trainer)
         if manifest is not None and args.push_to_hub:  # the student and its card, not the run around it
             upload_folder(repo_id=trainer.hub_model_id, folder_path=directory / "final", token=args.hub_token)
         for tracker in trainer.accelerator.trackers:

@@ -109,8 +109,9 @@ def locked(directory: Path) -> Iterator[None]:
 def same_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that differ, each as words."""
     now = json.loads(json.dumps(now))  # as they come back from a file
-    # The folder is the same one, however it was spelt.
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name) and name != "output_dir"]
+    # The folder is the same one, however it was spelt; and where numbers are shown changes none of them.
+    unlike = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    names = set(unlike) - {"output_dir", "report_to"}
     return [f"{name}: {before.get(name)} there, {now.get(name)} now" for name in sorted(names)]
 
 

@@ -50,6 +50,7 @@ def check_surroundings(args: Any, model: Any) -> None:
     """
     check_packages(args, model)
     say_if_one(args, model)
+    say_if_prompt_alone(args)
     check_precision(args, model)
     check_paths(args)
     check_output_dir(args.output_dir, model.model_name_or_path)
@@ -84,6 +85,17 @@ def say_if_one(args: Any, model: Any) -> None:
         logger.warning(
             f"Student and teacher are one model ({names[1]}): they agree already, and there is nothing to learn. Unless this is "
             "a control, name another teacher in teacher_model_name_or_path."
+        )
+
+
+def say_if_prompt_alone(args: Any) -> None:
+    """Say aloud that the suffix gradient saves next to nothing: what is supervised begins where the response does."""
+    output = args.output_loss != "none" and args.output_weight > 0
+    if args.gradient_scope == "suffix" and (output or args.positions in ("all", "first_k", "adaptive")):
+        what = "output_loss" if output else f"positions: {args.positions}"
+        logger.warning(
+            f"gradient_scope: suffix leaves out the prompts alone, since {what} supervises responses from their start. It saves "
+            "more with positions: last_k and no output_loss; gradient_scope: full is exact."
         )
 
 

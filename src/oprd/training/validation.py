@@ -234,9 +234,12 @@ class BenchmarkScores(TrainerCallback):
             settings["engine"] = self._engine_name
             folder = self._directory / EVALUATIONS / f"step-{step:06d}" / name
             summary = write_evaluation(folder, benchmark, self._sampling, evaluation, settings)
+            prefix = (
+                name if name == self._role(name) else f"{self._role(name)}/{name}"
+            )  # a file may be called validation
             for metric in ("avg_at_k", "best_at_k", "mean_length"):
-                logs[f"{self._role(name)}/{name}/{metric}"] = summary[metric]["value"]
-            logs[f"{self._role(name)}/{name}/cut_off"] = summary["cut_off"]
+                logs[f"{prefix}/{metric}"] = summary[metric]["value"]
+            logs[f"{prefix}/cut_off"] = summary["cut_off"]
             shown = summary["avg_at_k"]
             logger.info(
                 f"update {step}, {name}: Avg@{summary['samples']} {shown['value']:.1f} "
