@@ -39,7 +39,7 @@ test: lint
 
 # The variable keeps the theme from writing about its own future.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/site/index.html, or serve it, with search: $(BIN)/python -m http.server --directory build/site"
 
 table: install
