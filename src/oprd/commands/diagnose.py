@@ -40,6 +40,7 @@ def add_diagnose(commands) -> None:
     add("--seed", type=int, help="of the prompts and of the answers (default: 0)")
     add(
         "--out",
+        "--output_dir",
         help="where diagnosis.json, recipe.yaml and plots go (default: RUN/diagnosis, or diagnoses/STUDENT--TEACHER)",
     )
     add("--skip_accuracy", action="store_true", help="do not solve problems with both models and swapped heads, though the data "
