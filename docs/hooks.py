@@ -6,14 +6,13 @@ import re
 from html import unescape
 from pathlib import Path
 
-import yaml
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, CHOICES, DATA_HELP, HELP
+from oprd.training.shipped import about, shipped
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "src" / "oprd" / "recipes"
 INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+)\)")
 LIST_AT_ONCE = re.compile(r"^(?! |[-*] |[|#>]|\d+\. )(.*\S.*)\n(?=- |1\. )", re.MULTILINE)
@@ -62,26 +61,12 @@ def on_page_content(html, page, **_):
 
 
 def recipes() -> str:
-    """Name, models and the first sentence of every recipe that ships."""
-    rows = ["| recipe | student | teacher | what |", "|---|---|---|---|"]
-    for path in sorted(RECIPES.glob("*.yaml")):
-        text = path.read_text()
-        settings = yaml.safe_load(text)
-        rows.append(f"| `{path.stem}` | `{settings['model_name_or_path']}` | {_teacher(settings)} | {about(text)} |")
+    """Every recipe that ships, as ``oprd recipes`` lists them."""
+    rows = ["| recipe | what | student; teacher; objective |", "|---|---|---|"]
+    for one in map(about, shipped().values()):
+        purpose = one["purpose"].replace("(docs/results.md)", "([results](results.md))")
+        rows.append(f"| `{one['name']}` | {purpose} | {one['student']};<br>{one['teacher']};<br>{one['objective']} |")
     return "\n".join(rows) + "\n"
-
-
-def about(recipe: str) -> str:
-    """The first sentence of a recipe's header."""
-    header = " ".join(line.removeprefix("# ") for line in recipe.split("\n#   ")[0].splitlines())
-    first = re.split(r"(?<=[a-z)\d]{2}\.) ", header)[0]
-    return first.replace(" (docs/results.md)", " ([results](results.md))")
-
-
-def _teacher(settings: dict) -> str:
-    if "teachers" in settings:
-        return ", ".join(f"`{teacher['model_name_or_path']}`" for teacher in settings["teachers"].values())
-    return f"`{settings['teacher_model_name_or_path']}`" if "teacher_model_name_or_path" in settings else "itself"
 
 
 def _settings(table: dict[str, str]):

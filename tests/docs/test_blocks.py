@@ -16,6 +16,7 @@ import re
 import shlex
 import tempfile
 import tomllib
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ COMMAND = re.compile(
     r"^    ((?:OMP_NUM_THREADS=1 )?(?:python|oprd|make) (?:.*\\\n)*.*)$", re.MULTILINE
 )  # results.md indents
 CHECKS = {"python": ("", "compile"), "bash": ("",), "yaml": ("", "gates"), "text": ("",), "": ("",)}
-NOT_OURS = ("cd", "git", "openssl", "trl")
+NOT_OURS = ("cd", "chmod", "git", "openssl", "trackio", "trl")
 
 
 class Block(NamedTuple):
@@ -85,10 +86,19 @@ def test_every_block_has_a_check():
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """Words of every command; comments, continued lines and settings of the environment are taken care of."""
-    lines = text.replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines]
-    return [words[1:] if "=" in words[0] else words for words in commands if words]
+    """Words of every command, without comments, settings of the environment and where the output goes."""
+    commands: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if substituted := re.search(r"\$\((.*)\)", line):  # eval "$(oprd ...)"
+            line = substituted[1]
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        words = list(lexer)
+        for is_joint, group in groupby(words, lambda word: word in ("&&", ";", "|", "&")):
+            if not is_joint:
+                command = list(takewhile(lambda word: word not in (">", ">>", "<"), group))
+                commands.append(command[1:] if "=" in command[0] else command)
+    return commands
 
 
 def parse_ours(words: list[str]) -> None:
@@ -104,7 +114,9 @@ def parse_ours(words: list[str]) -> None:
     if "--version" in words:
         return
     options, rest = build_parser().parse_known_args(words)
-    if options.command not in OWN_KEYS:
+    if hasattr(options, "keys_after"):
+        parse_recipe_keys(["--config", options.recipe, *rest])
+    elif options.command not in OWN_KEYS:
         assert not rest, rest
     elif {"-h", "--help"} & set(rest):
         return
