@@ -77,9 +77,9 @@ def launch(command: list[str], arguments: list[str]) -> int | None:
 
 def tell_error(message: str) -> None:
     """One line on stderr; from a process of `launch`, through it, so that what all of them say is told once."""
-    folder = Path(os.environ.get(ERRORS) or "/nowhere")
-    if folder.is_dir():
-        (folder / os.environ.get("RANK", "0")).write_text(message, encoding="utf-8")
+    folder = os.environ.get(ERRORS)
+    if folder and Path(folder).is_dir():
+        (Path(folder) / os.environ.get("RANK", "0")).write_text(message, encoding="utf-8")
     else:
         print(message, file=sys.stderr)
 
