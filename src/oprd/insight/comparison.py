@@ -105,12 +105,22 @@ class Comparison:
             self.chance.update(a, [states[mixed_n] for states in b], held_out=held_out)
 
     def _read(self, role: str, model: nn.Module, reading: Reading, gather: Any) -> dict[int, Tensor]:
-        """States at the pairs of every layer; sizes are taken on the way, at all positions."""
+        """States at the pairs of every layer; sizes are taken on the way, at all positions.
+
+        Raises:
+            ValueError: NaN or infinity, named by its layer.
+        """
         depth = len(self.activations[role])
         mask_BS = reading.mask_BS.bool()
 
         def visit(layer: int, states_BSd: Tensor) -> Tensor:
-            self.activations[role][layer - 1].update(states_BSd[mask_BS])
+            rows_Nd = states_BSd[mask_BS]
+            if not bool(torch.isfinite(rows_Nd).all()):
+                held = str(rows_Nd.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"The states of the {role}'s layer {layer} hold NaN or infinity in {held}. Give --dtype float32, or mend the model."
+                )
+            self.activations[role][layer - 1].update(rows_Nd)
             return gather(states_BSd)
 
         return visit_states(model, reading, range(1, depth + 1), visit)[1]
