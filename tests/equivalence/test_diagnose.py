@@ -110,3 +110,11 @@ def test_a_worn_head_reads_the_states_and_is_taken_off_again(tied):
         after = model(input_ids=ids)
     assert torch.allclose(worn, last @ other.lm_head.weight[:VOCAB].T, atol=1e-5)
     assert torch.equal(before.logits, after.logits) and models.is_tied(model) is tied
+
+
+def test_states_that_overflow_are_named_by_layer_and_dtype():
+    teacher = tiny_model(seed=1).eval()
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"teacher's layer 2 .* float32.*--dtype"):
+        compare(tiny_model().eval(), teacher, fit())

@@ -114,6 +114,44 @@ def test_another_tokenizer_gets_prefix_marginals(size, loss):
     assert loss in told(files, student=found(paired_share=0.7))["method"]
 
 
+def test_one_head_on_both_sides_promises_nothing_over_full_kl():
+    said = {one["topic"]: one for one in advise(FILES, {"student": found(heads=FOUND["heads"] | {"drift": 0.0})})}
+    assert "full KL did as well" in said["method"]["why"] and said["LM head"]["say"].startswith("one on both sides")
+    assert "far ahead" in {one["topic"]: one for one in advise(FILES, {"student": found()})}["method"]["why"]
+
+
+def test_too_few_positions_are_not_taken_for_states_without_content():
+    why = [
+        {one["topic"]: one["why"] for one in advise(FILES, {"student": found(states=UNRELATED, bridge=bridge)})}[
+            "method"
+        ]
+        for bridge in (NO_MAP | {"enough_rows": False}, NO_MAP)
+    ]
+    assert "too few positions" in why[0] and "a linear map finds too little" in why[1]
+
+
+def test_answers_that_were_cut_off_say_nothing_of_what_a_teacher_can():
+    equal = {"accuracy": {"student": SCORE, "teacher": SCORE}}
+    says = [[one["say"] for one in advise(FILES, {"student": found(**equal)}, share)] for share in (0.1, 0.9)]
+    assert any("nothing to teach" in say for say in says[0]) and not any("--max_new_tokens" in say for say in says[0])
+    assert any("--max_new_tokens" in say for say in says[1]) and not any("nothing to teach" in say for say in says[1])
+
+
+def test_a_student_that_caught_up_is_no_reason_for_caution():
+    better = SCORE | {"value": 90.0, "low": 85.0, "high": 95.0}
+    before = found(accuracy={"student": SCORE, "teacher": better})
+    after = found(accuracy={"student": better, "teacher": better}, choices=FOUND["choices"] | {"kl": 1e-5})
+    assert "caution" not in told(FILES, before=before, after=after)
+
+
+def test_measures_that_disagree_are_not_called_nearer():
+    after = found(states={"cka": 0.95, "cosine": 0.8})
+    said = told(FILES, before=found(), after=after | {"choices": FOUND["choices"] | {"kl": 0.1}})
+    assert said["states"].startswith(said["choices"].split(" nearer")[0]) and said["states"].startswith(
+        "by some measures"
+    )
+
+
 CAUTIONS = {
     "end tokens": (FILES | {"ends_alike": False, "end_tokens": ["<a>", "<b>"]}, {}, "eos_token"),
     "no better": (FILES, {"accuracy": {"student": SCORE, "teacher": SCORE}}, "nothing to teach"),
@@ -136,7 +174,7 @@ def test_cautions(name):
 def test_a_run_whose_states_arrived_and_whose_accuracy_did_not_is_sent_to_its_head():
     lent = {"value": 90.0, "low": 85.0, "high": 95.0}
     accuracy = {"student": SCORE, "teacher": lent, "student_under_teacher_head": lent}
-    after = found(states={"cosine": 0.999, "cka": 0.99}, accuracy=accuracy)
+    after = found(states={"cosine": 0.999, "cka": 0.99, "explained": 0.99}, accuracy=accuracy)
     said = told(FILES, before=found(accuracy=accuracy), after=after)
     assert "holds the student back" in said["head"] and said["states"].startswith("nearer")
     assert said["choices"].startswith("no nearer")

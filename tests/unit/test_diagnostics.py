@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from oprd.insight.choices import ChoiceSums
+from oprd.insight.comparison import by_chance
 from oprd.insight.diagnostics import OUTLIERS, ActivationSums, ByPosition, KernelAlignment, StateSums, u_centred
 from oprd.models import Head
 
@@ -167,3 +168,11 @@ def test_choices_of_two_vocabularies_are_compared_by_agreement_alone():
     assert sums.update(rows(5, 6).float(), rows(5, 6, seed=1).float()) is None
     assert set(sums.result()) == {"entropy_student", "entropy_teacher", "agreement"}
     assert sums.result()["entropy_teacher"] < math.log(11)
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 16])
+def test_pairs_by_chance_are_never_the_true_ones(count):
+    for seed in range(20):
+        order = by_chance(count, torch.Generator().manual_seed(seed))
+        assert sorted(order.tolist()) == list(range(count))
+        assert not (order == torch.arange(count)).any()

@@ -28,7 +28,7 @@ def add_diagnose(commands) -> None:
     add = parser.add_argument
     add("run", nargs="?", help="a finished run of oprd train, in place of --student and --teacher")
     add("--student", help="a Hub id, a folder, or miniature:NAME")
-    add("--teacher", help="the same; with a run, in place of its own teacher")
+    add("--teacher", help="the same; with a run, in place of its own teacher, or which of several")
     add("--data", help="prompts: a Hub id, or a parquet, json or jsonl file (default: those of the run)")
     add("--prompts", type=int, help="how many are drawn (default: 128)")
     add(
@@ -121,8 +121,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _short(name: str) -> str:
+    """A name for a folder; a run's own stands before its ``final``."""
+    from oprd.lineage.inputs import run_of_model
+
     path = Path(name)
-    return path.resolve().name if path.is_dir() else name.removeprefix("miniature:").replace("/", "--")
+    if path.is_dir():
+        return "--".join(path.resolve().parts[-2 if run_of_model(name) else -1 :])
+    return name.removeprefix("miniature:").replace("/", "--")
 
 
 def _show(record: dict) -> None:

@@ -16,7 +16,11 @@ LINEAR_ENOUGH = 0.25  # share of the teacher's variance, on answers not fitted t
 NOTHING_LEFT = 1e-3  # nats of KL
 ARRIVED = 0.98  # cosine from which what is missing is not in the states
 ONE_LAYER = 0.8  # share of Eq. 6 that one layer makes up alone
+ONE_HEAD = 0.01  # relative distance up to which two LM heads are one
+UNFINISHED = 0.25  # share of answers cut off from which scores and ends say little
 WHOLE_VOCABULARY = 512  # up to which output_loss: full is affordable across tokenizers
+
+BETTER_THAN_LAST = "all were better than the last 16, where states were compared"
 
 
 def verdict(files: Found, found: Found) -> str:
@@ -36,18 +40,19 @@ def mean_of(found: Found, name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def advise(files: Found, students: Mapping[str, Found]) -> list[dict[str, str]]:
+def advise(files: Found, students: Mapping[str, Found], cut_off: float = 0.0) -> list[dict[str, str]]:
     """What to do and why, a topic each; of a run, what it changed and what is left.
 
     Args:
         files: ``files`` of the diagnosis.
         students: ``students`` of it, one before a run; or ``before`` and ``after`` one.
+        cut_off: the share of answers that did not end.
     """
     before, after = students.get("before"), list(students.values())[-1]
     if before is not None:
         said = [_topic("states", *_moved_states(before, after)), _topic("choices", *_moved_choices(before, after))]
         said += [_topic("head", *told)] if (told := _left_to_the_head(after)) else []
-        return said + _cautions(files, after)
+        return said + _cautions(files, before, cut_off)  # a student that has caught up is no reason for one
     kind = verdict(files, after)
     said = [_topic("alignment", *_alignment(files, after, kind)), _topic("method", *_method(files, after, kind))]
     if kind == DIRECT or "bridge" in recipe_of(files, after):
@@ -56,7 +61,7 @@ def advise(files: Found, students: Mapping[str, Found]) -> list[dict[str, str]]:
     if kind == BRIDGE and after["heads"]["why_not_solved"] is None:
         said.append(_topic("rank", *_rank(after)))
     said.append(_topic("LM head", *_head(after, kind)))
-    return said + _cautions(files, after)
+    return said + _cautions(files, after, cut_off)
 
 
 def recipe_of(files: Found, found: Found) -> dict[str, Any]:
@@ -108,6 +113,11 @@ def _alignment(files: Found, found: Found, kind: str) -> tuple[str, str]:
 
 
 def _method(files: Found, found: Found, kind: str) -> tuple[str, str]:
+    if kind == DIRECT and _one_head(found):
+        return "hidden states (OPRD)", (
+            "the same origin and one LM head: in the measured runs full KL did as well (output_loss: full); hidden states need no "
+            "logits"
+        )
     if kind == DIRECT:
         return "hidden states (OPRD)", "the same origin: in the measured runs far ahead of next-token losses"
     if files["reading"] == "other tokens":
@@ -118,20 +128,27 @@ def _method(files: Found, found: Found, kind: str) -> tuple[str, str]:
         )
     if kind == BRIDGE and found["heads"]["why_not_solved"] is None:
         return "a bridge, a solved LM head, then full KL (bridge: auto, lm_head: solved, then)", (
-            "the best of what was tried between two origins; a bridge alone, under the student's own head, made every student worse"
+            "the best of what was tried between two origins; a bridge alone, under the student's own head, made the student worse at every rank"
         )
     if kind == BRIDGE:
         return "full KL (output_loss: full)", (
             f"a bridge needs an LM head that can be solved for: {found['heads']['why_not_solved']}"
         )
-    return "full KL (output_loss: full)", "there is nothing in the states to hold on to"
+    if found["bridge"] is None or not found["bridge"]["enough_rows"]:
+        return "full KL (output_loss: full)", "too few positions were read to say whether a linear map would do"
+    return "full KL (output_loss: full)", "a linear map finds too little of the teacher's states in the student's"
+
+
+def _one_head(found: Found) -> bool:
+    drift = found["heads"]["drift"]
+    return drift is not None and drift <= ONE_HEAD
 
 
 def _heaviest(found: Found) -> tuple[int, float]:
     """The layer of the largest distance, and its share of Eq. 6."""
     distances = [layer.get("distance", 0.0) for layer in found["layers"]]
     total = sum(distances)
-    return distances.index(max(distances)) + 1, (max(distances) / total if total else 0.0)
+    return distances.index(max(distances)) + 1, (max(distances) / total if total and len(distances) > 1 else 0.0)
 
 
 def _layers(found: Found) -> tuple[str, str]:
@@ -145,25 +162,25 @@ def _layers(found: Found) -> tuple[str, str]:
             "all (layers: all)",
             f"the largest share of the squared distance, {share:.0%}, is layer {layer}'s; none drowns the others",
         )
-    return "all (layers: all)", "one map a layer"
+    return "all (layers: all)", "one map a layer" if "distance" not in found["layers"][0] else "no layer drowns another"
 
 
 def _parting(found: Found) -> str:
     """Where in the answer the two part."""
     rows = [row for row in found["positions"] if "kl_first" in row]
     if not rows:
-        return "all were better than the last k in every comparison"
+        return BETTER_THAN_LAST
     whole = rows[-1]["kl_first"]
     near = next((row for row in rows if row["kl_first"] >= whole / 2), rows[-1])
     return (
         f"the two are {whole:.3f} nats apart; over the first {near['k']} positions {near['kl_first']:.3f}, over the last "
-        f"{near['k']} {near['kl_last']:.3f}. All were better than the last k in every comparison"
+        f"{near['k']} {near['kl_last']:.3f}. {BETTER_THAN_LAST[0].upper()}{BETTER_THAN_LAST[1:]}"
     )
 
 
 def _rank(found: Found) -> tuple[str, str]:
     bridge = found["bridge"]
-    why = f"Theorem 3's rule says {bridge['rank']}; under a solved head only the full rank was measured, and higher ranks hurt less"
+    why = f"Theorem 3's rule says {bridge['rank']}; under a solved head only the full rank was measured, and under the student's own higher ranks hurt less"
     return "full (bridge_rank: full)", why
 
 
@@ -177,6 +194,8 @@ def _head(found: Found, kind: str) -> tuple[str, str]:
             )
         return "the student's own (lm_head: keep)", "output losses train it"
     told = _read_by_the_student(found)
+    if heads["why_not_adopted"] is None and _one_head(found):
+        return "one on both sides (lm_head: auto)", f"the two heads differ by {heads['drift']:.1%}"
     if heads["why_not_adopted"] is None:
         return "the teacher's (lm_head: auto adopts it)", f"the two heads differ by {heads['drift']:.1%}; {told}"
     return "the student's own, trained through the head metric (logit_weight: 1, the default here)", (
@@ -199,7 +218,7 @@ def _read_by_the_student(found: Found) -> str:
 
 
 def _moved_states(before: Found, after: Found) -> tuple[str, str]:
-    told = []
+    told, up = [], []
     for name, label in (
         ("cosine", "cosine"),
         ("explained", "share of the teacher's variance explained"),
@@ -208,8 +227,13 @@ def _moved_states(before: Found, after: Found) -> tuple[str, str]:
         was, now = mean_of(before, name), mean_of(after, name)
         if was is not None:
             told.append(f"{label} {was:.3f} to {now:.3f}")
-    nearer = mean_of(after, "cka") > mean_of(before, "cka")
-    return f"{'nearer to' if nearer else 'no nearer to'} the teacher's", ", ".join(told)
+            up.append(now > was)
+    return f"{_nearer(up)} the teacher's", ", ".join(told)
+
+
+def _nearer(up: list[bool]) -> str:
+    """In words, from whether each measure says so."""
+    return "nearer to" if all(up) else "by some measures nearer to" if any(up) else "no nearer to"
 
 
 def _moved_choices(before: Found, after: Found) -> tuple[str, str]:
@@ -225,8 +249,9 @@ def _moved_choices(before: Found, after: Found) -> tuple[str, str]:
             f"solved {scores[0]['student']['value']:.0f} to {scores[1]['student']['value']:.0f} % (teacher "
             f"{scores[1]['teacher']['value']:.0f} %)"
         )
-    nearer = after["choices"]["agreement"] > before["choices"]["agreement"]
-    return f"{'nearer to' if nearer else 'no nearer to'} the teacher's", ", ".join(told)
+    up = [after["choices"]["agreement"] > before["choices"]["agreement"]]
+    up += [after["choices"]["kl"] < before["choices"]["kl"]] if "kl" in after["choices"] else []
+    return f"{_nearer(up)} the teacher's", ", ".join(told)
 
 
 def _left_to_the_head(after: Found) -> tuple[str, str] | None:
@@ -241,22 +266,29 @@ def _left_to_the_head(after: Found) -> tuple[str, str] | None:
     )
 
 
-def _cautions(files: Found, found: Found) -> list[dict[str, str]]:
+def _cautions(files: Found, found: Found, cut_off: float) -> list[dict[str, str]]:
     said, scores = [], found.get("accuracy", {})
+    if cut_off > UNFINISHED:
+        said.append(
+            (
+                "longer answers (--max_new_tokens)",
+                f"{cut_off:.0%} were cut off: what is solved, and the last k positions, are those of unfinished answers",
+            )
+        )
+    elif scores and scores["teacher"]["value"] <= scores["student"]["high"]:
+        said.append(
+            (
+                "the teacher may have nothing to teach here",
+                f"it solves {scores['teacher']['value']:.0f} %, the student {scores['student']['value']:.0f} % "
+                f"[{scores['student']['low']:.0f}, {scores['student']['high']:.0f}]",
+            )
+        )
     if not files["ends_alike"]:
         own, other = files["end_tokens"]
         said.append(
             (
                 "set eos_token",
                 f"the student's answers end with {own}, the teacher's with {other}: lengths would explode",
-            )
-        )
-    if scores and scores["teacher"]["value"] <= scores["student"]["high"]:
-        said.append(
-            (
-                "the teacher may have nothing to teach here",
-                f"it solves {scores['teacher']['value']:.0f} %, the student {scores['student']['value']:.0f} % "
-                f"[{scores['student']['low']:.0f}, {scores['student']['high']:.0f}]",
             )
         )
     if found["choices"].get("kl", 1.0) < NOTHING_LEFT:

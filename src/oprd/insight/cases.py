@@ -22,6 +22,7 @@ from oprd.objectives import map_layers
 from oprd.prompts import load_prompts
 from oprd.states import Crossing
 from oprd.training import preflight
+from oprd.training.config import parse_layer_map
 from oprd.training.pairing import TeacherReader, agreement
 from oprd.training.privileged import PromptTemplate
 
@@ -112,6 +113,7 @@ class Case:
     template: str | None = None
     chat: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None  # of the run
+    layer_map: list[int] | None = None  # of the run's recipe
 
 
 def case_of_models(
@@ -139,7 +141,7 @@ def case_of_run(
 
     Args:
         prompts: fields of `Prompts` that replace the run's own.
-        teacher: in place of the run's, where that was at an address or there were several.
+        teacher: in place of the run's, where that was at an address; or the name of one of several.
 
     Raises:
         ValueError: no run, or not finished; a teacher that is not here; several.
@@ -147,12 +149,17 @@ def case_of_run(
     manifest = read_manifest(Path(run))
     recipe = manifest["config"]
     before, after = (subjects_of(run, [role], None)[0] for role in ("student", "final"))
-    if teacher is None:
-        taught = subjects_of(run, ["teacher"], None)
-        if len(taught) > 1:
-            names = ", ".join(manifest["teacher"]["teachers"])
-            raise ValueError(f"{run} had several teachers ({names}). Name the model of one with --teacher.")
-        teacher_member = Member("teacher", taught[0].path, taught[0].revision, taught[0].expected, trust_remote_code)
+    several = list(manifest["teacher"].get("teachers", {}))
+    if teacher is None and several:
+        raise ValueError(f"{run} had several teachers ({', '.join(several)}). Name one with --teacher.")
+    if teacher is None and "://" in manifest["teacher"]["name"]:
+        raise ValueError(
+            f"The teacher of {run} was at {manifest['teacher']['name']}. Run oprd diagnose where its files are, and name them "
+            "with --teacher."
+        )
+    if teacher is None or teacher in several:
+        taught = subjects_of(run, ["teacher"], None)[several.index(teacher) if several else 0]
+        teacher_member = Member("teacher", taught.path, taught.revision, taught.expected, trust_remote_code)
     else:
         teacher_member = Member(teacher, resolve_path(teacher), trust_remote_code=trust_remote_code)
     own = {
@@ -172,7 +179,9 @@ def case_of_run(
         "after": Member("after", after.path, after.revision, after.expected, trust_remote_code),
     }
     chat = recipe.get("chat_template_kwargs") or {}
-    return Case(students, teacher_member, chosen, template, chat, recipe.get("max_completion_length"))
+    given = recipe.get("layer_map") if teacher is None else None
+    layer_map = None if given is None else parse_layer_map(given)
+    return Case(students, teacher_member, chosen, template, chat, recipe.get("max_completion_length"), layer_map)
 
 
 def _near(name: str, manifest: dict[str, Any]) -> str:
@@ -229,8 +238,9 @@ def fit_of(case: Case, rows: Dataset) -> Fit:
     reading = preflight.compare_tokenizers(student.tokenizer, teacher.tokenizer, prompt)
     depths = [member.config.num_hidden_layers for member in (student, teacher)]
     recorded = recorded_layer_map(student.config)
-    mapped = recorded is not None and len(recorded) == depths[0] and max(recorded) <= depths[1]
-    layer_map = list(recorded) if mapped else map_layers(*depths)
+    mapped = recorded is not None and len(recorded) == depths[0] and max(recorded) == depths[1]
+    layer_map = list(case.layer_map or (recorded if mapped else map_layers(*depths)))
+    preflight.check_layer_map(layer_map, None, *depths)
     own_end, other_end = (end_of_turn(m.tokenizer, chat=is_chat) for m in (student, teacher))
     own, other = student.tokenizer.get_vocab().keys(), teacher.tokenizer.get_vocab().keys()
     facts = {
@@ -239,7 +249,7 @@ def fit_of(case: Case, rows: Dataset) -> Fit:
         "vocabulary": [len(own), len(other)],
         "shared_tokens": len(own & other) / len(own),
         "reading": reading,
-        "layer_map": layer_map if mapped or depths[0] != depths[1] else None,
+        "layer_map": layer_map if recorded is not None or depths[0] != depths[1] else None,
         "pruned_from_teacher": mapped,
         "end_tokens": [
             None if end is None else member.tokenizer.convert_ids_to_tokens(end)

@@ -37,6 +37,12 @@ class Seen:
     tokens: int
 
 
+def by_chance(count: int, generator: torch.Generator) -> Tensor:
+    """A permutation in one random cycle, so that of several rows none is paired with its own partner."""
+    order_N = torch.randperm(count, generator=generator)
+    return torch.empty_like(order_N).scatter_(0, order_N, order_N.roll(1))
+
+
 class Comparison:
     """Streams readings; `result` says what was found. Memory does not grow with their number.
 
@@ -79,7 +85,7 @@ class Comparison:
         if not len(pairs):
             return
         partners = [other[layer] for layer in self.fit.layer_map]
-        order_N = torch.randperm(len(pairs), generator=self.generator).to(before_N.device)
+        order_N = by_chance(len(pairs), self.generator).to(before_N.device)
         if self.states:
             rows = zip(self.states, own.values(), partners, strict=True)
             cosine_LN = torch.stack([sums.update(a, b, order_N) for sums, a, b in rows])
@@ -95,16 +101,26 @@ class Comparison:
             rows_n = (held_out_N == held_out).nonzero().flatten()
             a, b = ([own[layer][rows_n] for layer in self.few], [partners[layer - 1][rows_n] for layer in self.few])
             self.fitter.update(a, b, held_out=held_out)
-            mixed_n = torch.randperm(len(rows_n), generator=self.generator).to(rows_n.device)
+            mixed_n = by_chance(len(rows_n), self.generator).to(rows_n.device)
             self.chance.update(a, [states[mixed_n] for states in b], held_out=held_out)
 
     def _read(self, role: str, model: nn.Module, reading: Reading, gather: Any) -> dict[int, Tensor]:
-        """States at the pairs of every layer; sizes are taken on the way, at all positions."""
+        """States at the pairs of every layer; sizes are taken on the way, at all positions.
+
+        Raises:
+            ValueError: NaN or infinity, named by its layer.
+        """
         depth = len(self.activations[role])
         mask_BS = reading.mask_BS.bool()
 
         def visit(layer: int, states_BSd: Tensor) -> Tensor:
-            self.activations[role][layer - 1].update(states_BSd[mask_BS])
+            rows_Nd = states_BSd[mask_BS]
+            if not bool(torch.isfinite(rows_Nd).all()):
+                held = str(rows_Nd.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"The states of the {role}'s layer {layer} hold NaN or infinity in {held}. Give --dtype float32, or mend the model."
+                )
+            self.activations[role][layer - 1].update(rows_Nd)
             return gather(states_BSd)
 
         return visit_states(model, reading, range(1, depth + 1), visit)[1]

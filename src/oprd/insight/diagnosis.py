@@ -83,14 +83,17 @@ def diagnose(
         member.check(role)
     rows = case.prompts.draw()
     fit = fit_of(case, rows)
-    prompts, longest = _encode(case, list(case.students.values())[-1], rows, settings)
+    prompts, longest = _encode(case, fit, rows, settings)
     sampling = Sampling(1, 1.0, 1.0, longest, settings.batch_size, case.prompts.seed)
     started, found = time.perf_counter(), {}
     teacher: TransformersEngine | None = None
     texts: list[Text] = []
     graded = settings.accuracy and "answer" in rows.column_names
     for place, (name, member) in enumerate(reversed(case.students.items())):  # the last one writes
-        student = _load(member, settings, settings.dtype)
+        dtype = (
+            settings.dtype if teacher is None else _dtype_of(teacher)
+        )  # a run may have saved another one than it loaded
+        student = _load(member, settings, dtype)
         if place == 0:
             answers = _write(student, prompts, sampling, f"{name} writes" if progress else None)
             texts = [
@@ -98,7 +101,7 @@ def diagnose(
                 for number, (row, prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True))
             ]
             cut_off = sum(not answer or answer[-1] not in student.ends for answer in answers) / len(answers)
-            teacher = _load(case.teacher, settings, str(student.model.dtype).removeprefix("torch."))
+            teacher = _load(case.teacher, settings, _dtype_of(student))
         comparison = Comparison(student.model, teacher.model, fit, seed=case.prompts.seed)
         bar = tqdm(total=len(texts), desc=f"{name} and teacher read", unit="answer", disable=not progress)
         for seen in _readings(texts, fit, student.model.device):
@@ -132,7 +135,7 @@ def diagnose(
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
-    record["advice"] = advise(fit.facts, record["students"])
+    record["advice"] = advise(fit.facts, record["students"], cut_off)
     if "student" in case.students:
         record["verdict"] = verdict(fit.facts, record["students"]["student"])
         record["recipe"] = _recipe(case, record)
@@ -145,7 +148,7 @@ def _recipe(case: Case, record: dict[str, Any]) -> dict[str, Any]:
     """A recipe to begin with: what was diagnosed, what was advised, and the paper's batch and rate."""
     student, teacher, prompts = case.students["student"], case.teacher, case.prompts
     recipe: dict[str, Any] = {"model_name_or_path": student.label}
-    if case.template is not None and teacher.path == student.path:
+    if case.template is not None and (teacher.path, teacher.revision) == (student.path, student.revision):
         recipe["teacher_model_kind"] = "base"
     else:
         recipe["teacher_model_name_or_path"] = teacher.label
@@ -177,16 +180,25 @@ def _load(member: Member, settings: Settings, dtype: str) -> TransformersEngine:
         )
 
 
-def _encode(case: Case, member: Member, rows: Any, settings: Settings) -> tuple[list[list[int]], int]:
+def _dtype_of(engine: TransformersEngine) -> str:
+    return str(engine.model.dtype).removeprefix("torch.")
+
+
+def _encode(case: Case, fit: Fit, rows: Any, settings: Settings) -> tuple[list[list[int]], int]:
     """The student's prompts as tokens, and how long an answer may be.
 
     Raises:
-        ValueError: a prompt that leaves no room for an answer.
+        ValueError: a prompt that leaves no room for an answer, in the student's context or in the teacher's.
     """
+    student, teacher = list(case.students.values())[-1], case.teacher
     problems = [Problem(f"prompt {number}", row["prompt"], "") for number, row in enumerate(rows, 1)]
-    prompts = encode_prompts(member.tokenizer, problems, case.chat)
-    context = getattr(member.config, "max_position_embeddings", None)
-    return prompts, room_for(prompts, context, settings.max_new_tokens, MOST_NEW_TOKENS)
+    prompts = encode_prompts(student.tokenizer, problems, case.chat)
+    contexts = [getattr(member.config, "max_position_embeddings", None) for member in (student, teacher)]
+    room = room_for(prompts, contexts[0], settings.max_new_tokens, MOST_NEW_TOKENS)
+    if fit.one_vocabulary:  # answers are as long on both sides
+        read = prompts if fit.reader is None else [fit.reader.prompt_of(row, room)[0] for row in rows]
+        room = min(room, room_for(read, contexts[1], settings.max_new_tokens, MOST_NEW_TOKENS))
+    return prompts, room
 
 
 def _write(
@@ -276,7 +288,8 @@ def _accuracies(
         return _graded(engine, texts, _write(engine, prompts, sampling, f"{who} solves" if progress else None))
 
     own = [text.prompt for text in texts]
-    asked = own if fit.reader is None else [fit.reader.prompt_of(text.row, 0)[0] for text in texts]
+    room = sampling.max_new_tokens
+    asked = own if fit.reader is None else [fit.reader.prompt_of(text.row, room)[0] for text in texts]
     scores = {"student": solved(student, own, name) if written is None else _graded(student, texts, written)}
     if written is not None:
         scores["teacher"] = solved(teacher, asked, "teacher")

@@ -130,10 +130,12 @@ def plot_diagnosis(record: Diagnosis, folder: Path) -> list[Path]:
         ("positions", _draw_positions),
         ("activations", _draw_activations),
     ):
-        figure = draw(record["students"])
-        if figure is not None:
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=120)
+        figure, path = draw(record["students"]), folder / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)  # of a diagnosis before this one
+        else:
+            paths.append(path)
+            figure.savefig(path, dpi=120)
     return paths
 
 
