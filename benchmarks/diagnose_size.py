@@ -24,20 +24,21 @@ SHAPE = {
     "num_hidden_layers": 24,
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
+    "head_dim": 64,
     "tie_word_embeddings": False,
     "eos_token_id": 0,
 }
 
 
 def make_model(folder: Path, seed: int) -> None:
-    """Random weights, and a tokenizer with a word for every row."""
+    """Random weights, and a tokenizer with a word for nearly every row (as Qwen2.5 has it)."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(TOKENS)}, unk_token="w1"))
+    Qwen3ForCausalLM(Qwen3Config(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(TOKENS - 271)}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0").save_pretrained(folder)
 

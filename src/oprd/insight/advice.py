@@ -6,13 +6,13 @@ The rules follow docs/results.md; each reason says what was measured here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 Found = Mapping[str, Any]
 
 DIRECT, BRIDGE, OUTPUTS = "direct", "bridge", "outputs"
-LINEAR_ENOUGH = 0.25  # share of the teacher's variance, on answers not fitted to, from which a bridge carries something
+ENOUGH = 0.25  # share of the teacher's variance from which states carry something: as they stand, or by a linear map
 NOTHING_LEFT = 1e-3  # nats of KL
 ARRIVED = 0.98  # cosine from which what is missing is not in the states
 ONE_LAYER = 0.8  # share of Eq. 6 that one layer makes up alone
@@ -28,10 +28,11 @@ def verdict(files: Found, found: Found) -> str:
     all that can be compared, or the best."""
     if files["reading"] == "other tokens":
         return OUTPUTS
-    if (explained := mean_of(found, "explained")) is not None and explained > 0:
+    explained = [layer["explained"] for layer in found["layers"] if "explained" in layer]
+    if explained and median(explained) >= ENOUGH:  # one layer out of line decides nothing
         return DIRECT
     bridge = found["bridge"]
-    return BRIDGE if bridge and bridge["explained"] >= LINEAR_ENOUGH else OUTPUTS
+    return BRIDGE if bridge and bridge["explained"] >= ENOUGH else OUTPUTS
 
 
 def mean_of(found: Found, name: str) -> float | None:
