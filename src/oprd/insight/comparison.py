@@ -64,7 +64,8 @@ class Comparison:
         }
         self.few = control_layers(depths[0])
         few_map = [fit.layer_map[layer - 1] for layer in self.few]
-        self.fitter, self.chance = (BridgeFitter(few_map, own, other, device=device) for _ in range(2))
+        self.fitter = BridgeFitter(few_map, own, other, device=device)
+        self.chance = BridgeFitter(few_map[-1:], own, other, device=device)  # one layer: moments are large
         heads = [models.head_of(model, size) for model, size in zip((student, teacher), fit.vocab_sizes, strict=True)]
         self.heads = heads
         self.choices = ChoiceSums(*heads, one_vocabulary=fit.one_vocabulary, one_width=fit.one_width, agree=fit.agree)
@@ -102,7 +103,7 @@ class Comparison:
             a, b = ([own[layer][rows_n] for layer in self.few], [partners[layer - 1][rows_n] for layer in self.few])
             self.fitter.update(a, b, held_out=held_out)
             mixed_n = by_chance(len(rows_n), self.generator).to(rows_n.device)
-            self.chance.update(a, [states[mixed_n] for states in b], held_out=held_out)
+            self.chance.update(a[-1:], [b[-1][mixed_n]], held_out=held_out)
 
     def _read(self, role: str, model: nn.Module, reading: Reading, gather: Any) -> dict[int, Tensor]:
         """States at the pairs of every layer; sizes are taken on the way, at all positions.
