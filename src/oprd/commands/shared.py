@@ -8,9 +8,11 @@ import os
 import sys
 import textwrap
 import warnings
+from itertools import pairwise
 from typing import Any
 
 from oprd.training.options import CHOICES
+from oprd.training.shipped import find_recipe
 
 
 def describe_settings(title: str, table: dict[str, str]) -> str:
@@ -21,6 +23,18 @@ def describe_settings(title: str, table: dict[str, str]) -> str:
         lines.append(f"  --{name}{choices}")
         lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
+
+
+def check_recipe_named(arguments: list[str]) -> None:
+    """What a misspelt recipe would say after the imports, before them.
+
+    Raises:
+        ValueError: ``--config`` names no recipe.
+    """
+    names = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    names += [value for key, value in pairwise(arguments) if key == "--config"]
+    for name in names:
+        find_recipe(name)
 
 
 def parse_json(option: str, text: str | None) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oprd.commands.launching import LAUNCH_HELP, launch
-from oprd.commands.shared import describe_settings, show_events, show_rows
+from oprd.commands.shared import check_recipe_named, describe_settings, show_events, show_rows
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 
 TRAIN_NOTES = """\
@@ -44,6 +44,7 @@ def run_train(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(train_help())
         return 0 if arguments else 2
+    check_recipe_named(arguments)
     status = launch(["train"], arguments)
     if status is not None:
         return status
