@@ -11,7 +11,7 @@ import warnings
 from itertools import pairwise
 from typing import Any
 
-from oprd.training.options import CHOICES
+from oprd.training.options import CHOICES, default_of
 from oprd.training.shipped import find_recipe
 
 
@@ -21,8 +21,9 @@ def describe_settings(title: str, table: dict[str, str]) -> str:
     for name, text in table.items():
         choices = f" [{'|'.join(CHOICES[name])}]" if name in CHOICES else ""
         lines.append(f"  --{name}{choices}")
-        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+        default = f" (default:\N{NO-BREAK SPACE}{default_of(name)})" if default_of(name) else ""
+        lines += textwrap.wrap(text + default, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def check_recipe_named(arguments: list[str]) -> None:

@@ -28,6 +28,7 @@ def train_help() -> str:
         "from its manifest.json, after a check that models and data are what they were; on CPU with the same versions the\n"
         "result is the same bit for bit."
     )
+    defaults = "oprd show RECIPE --resolved prints every key with the value that it would have, those of TRL and transformers too."
     tables = [
         describe_settings("objective", HELP),
         describe_settings("data", DATA_HELP),
@@ -36,7 +37,7 @@ def train_help() -> str:
         describe_settings("second stage", {"then": THEN_HELP}),
         describe_settings("several processes (command line only)", LAUNCH_HELP),
     ]
-    return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), *tables])
+    return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), defaults, *tables])
 
 
 def run_train(arguments: list[str]) -> int:
