@@ -76,6 +76,7 @@ class _Lines(logging.StreamHandler):
 def show_events() -> None:
     """One line per event of this project on stderr, once for all processes of a launch."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")  # the same
 
     def plain(record: logging.LogRecord) -> bool:  # accelerate marks its lines; only the first process speaks here
         record.msg = str(record.msg).removeprefix("[RANK 0] ")
