@@ -9,7 +9,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, CHOICES, DATA_HELP, HELP
+from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, CHOICES, DATA_HELP, HELP, default_of
 from oprd.training.shipped import about, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -71,10 +71,13 @@ def recipes() -> str:
 
 def _settings(table: dict[str, str]):
     def rows() -> str:
-        lines = ["| key | what it does |", "|---|---|"]
+        lines = ["| key | what it does | default |", "|---|---|---|"]
         for name, text in table.items():
+            default = f"`{default_of(name)}`" if default_of(name) else ""
             choices = " ".join(f"`{choice}`" for choice in CHOICES.get(name, ()))
-            lines.append(f"| `{name}` | {text.replace('|', chr(92) + '|')}{f'<br>{choices}' if choices else ''} |")
+            lines.append(
+                f"| `{name}` | {text.replace('|', chr(92) + '|')}{f'<br>{choices}' if choices else ''} | {default} |"
+            )
         return "\n".join(lines) + "\n"
 
     return rows

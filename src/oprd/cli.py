@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from oprd.commands.bridge import run_bridge
 from oprd.commands.compare import add_compare
-from oprd.commands.completion import add_completion
+from oprd.commands.completion import add_completion, all_parsers
 from oprd.commands.demo import add_demo
 from oprd.commands.diagnose import add_diagnose
 from oprd.commands.eval import add_eval
@@ -59,6 +62,11 @@ class _Grouped(argparse.ArgumentParser):
 
     groups: dict[str, list[str]]
 
+    def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        more = _nearest(wrong[1], self.commands.choices) if wrong else " (oprd --help lists them)"
+        super().error(f"{message}{more if wrong or message.endswith('COMMAND') else ''}")
+
     def format_help(self) -> str:
         told = {action.dest: action.help for action in self.commands._choices_actions}
         formatter = self._get_formatter()
@@ -94,6 +102,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """What was meant, for the end of a message; nothing if no word is close."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unrecognized(parser: argparse.ArgumentParser, words: list[str]) -> NoReturn:
+    """The error of the command that they were given to, not of the whole program."""
+    known = {option for one in all_parsers(parser) for option in one._option_string_actions}
+    parser.error(f"unrecognized arguments: {' '.join(words)}{_nearest(words[0].partition('=')[0], sorted(known))}")
+
+
 def _underscored(argument: str) -> str:
     """``--max-steps`` as ``--max_steps``; both spellings are common."""
     name, equals, value = argument.partition("=")
@@ -107,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in OWN_KEYS and not hasattr(options, "keys_after"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _unrecognized(parser.commands.choices[options.command], rest)
     options.parser, options.keys = parser, rest
     try:
         return OWN_KEYS[options.command](rest) if options.command in OWN_KEYS else options.run_command(options)

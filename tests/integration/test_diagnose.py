@@ -76,6 +76,7 @@ def test_pairs_are_told_apart_and_the_recipe_is_one(kind, capsys, tmp_path):
         assert json.loads(diagnose(capsys, *again, "--json"))["students"] == record["students"]
     if kind == "another tokenizer":
         assert 0.6 < found["paired_share"] < 0.9
+    assert record["recipe"]["output_dir"] == f"runs/{out.name}"  # not that of another diagnosis
     looked_at = ["plan"] if kind == "another origin" else ["show", "--resolved"]  # either reads the recipe whole
     assert main([*looked_at, *(["--config"] if "plan" in looked_at else []), str(out / "recipe.yaml"), "--json"]) == 0
 

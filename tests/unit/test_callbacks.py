@@ -149,6 +149,16 @@ def test_an_event_has_a_line_of_its_own(args, capsys):
     assert [line for line in lines if "oprd:" in line] == ["oprd: before", "oprd: beside"]
 
 
+def test_the_bar_of_a_resumed_run_counts_its_own_steps_only(args):
+    bar, state = ProgressLine(), TrainerState(max_steps=40, global_step=30, is_world_process_zero=True)
+    bar.on_train_begin(args, state, TrainerControl())
+    state.global_step += 1
+    bar.on_step_end(args, state, TrainerControl())
+    shown = bar.training_bar.format_dict
+    assert (shown["initial"], shown["n"], shown["total"]) == (30, 31, 40)
+    bar.on_train_end(args, state, TrainerControl())
+
+
 def test_the_bar_shows_the_latest_numbers(args, capsys):
     bar, state = ProgressLine("OPRD"), TrainerState(max_steps=4, is_world_process_zero=True)
     bar.on_train_begin(args, state, TrainerControl())

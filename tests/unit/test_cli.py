@@ -64,8 +64,17 @@ for words in helps:
 with contextlib.redirect_stdout(io.StringIO()):
     assert main(["recipes"]) == main(["show", "miniature"]) == main(["completion", "bash"]) == 0
 """,
+        """
+import contextlib, io
+from oprd.cli import main
+recipes = [["train"], ["plan"], ["bridge", "fit"], ["show"]]
+for words in [*([*words, "--config", "minature"] for words in recipes), ["report", "gone"], ["diagnose", "gone"], ["diagnose"]]:
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert main([word for word in words if words[0] != "show" or word != "--config"]) == 1
+    assert told.getvalue().startswith("oprd: error: "), words
+""",
     ],
-    ids=["imports", "every help"],
+    ids=["imports", "every help", "frequent mistakes"],
 )
 def test_nothing_heavy_is_imported_first(what):
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'numpy'}"
@@ -131,6 +140,21 @@ def test_bad_usage(run, arguments, named):
     assert named in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "meant"),
+    [
+        (["trian"], "usage: oprd [-h]", "did you mean train?"),
+        (["diagnose", "--studnet", "x"], "usage: oprd diagnose", "did you mean --student?"),
+        (["registry", "promote", "r", "s", "--noet", "x"], "usage: oprd registry", "did you mean --note?"),
+        ([], "usage: oprd [-h]", "oprd --help lists them"),
+    ],
+)
+def test_a_misspelt_word_is_told_with_the_nearest_one(run, arguments, usage, meant):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(usage) and meant in err.splitlines()[-1]
+
+
 def one_line(outcome):
     """The message of a run that ended with status 1 and one line on stderr."""
     status, out, err = outcome
@@ -148,6 +172,17 @@ def test_an_unknown_recipe(run, name):
     shipped = message.partition("ships with oprd: ")[2].partition(". [")[0].split(", ")
     assert shipped == sorted(path.stem for path in (Path(oprd.__file__).parent / "recipes").glob("*.yaml"))
     assert "miniature" in shipped
+
+
+def test_no_folder_is_made_for_what_is_no_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("report", "diagnose"):
+        assert "gone is not a run of oprd train" in one_line(run(command, "gone"))
+    from oprd.insight.report import write_report
+
+    with pytest.raises(ValueError, match="not a run"):
+        write_report(Path("gone"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_key(run, tmp_path):

@@ -210,7 +210,7 @@ def test_what_cannot_be_compared_is_a_fault_with_its_remedy(tmp_path, capsys, ki
     assert run_compare(tmp_path, path) == 1
     error = capsys.readouterr().err
     told = {"nothing there": "is neither a run", "no evaluation": f"oprd eval {path} --on BENCHMARK"}
-    assert told.get(kind, "has not finished. Continue it with --resume") in error
+    assert told.get(kind, "has not finished. The command that started it continues it") in error
     assert not (tmp_path / "plots").exists()
 
 

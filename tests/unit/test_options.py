@@ -28,6 +28,20 @@ def test_every_setting_of_a_fit_and_of_the_data_is_explained():
     assert set(DATA_HELP) | {"resume", "then"} == {field.name for field in fields(DataConfig)}
 
 
+def test_the_defaults_that_are_told_are_those_of_the_classes():
+    from oprd.training.bridging import BridgeConfig
+    from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, DEFAULTS, default_of
+    from oprd.training.recipe import DataConfig
+    from oprd.training.validation import BenchmarkConfig
+
+    told = {*HELP, *DATA_HELP, *BRIDGE_HELP, *BENCHMARK_HELP}
+    classes = (OPRDConfig, DataConfig, BridgeConfig, BenchmarkConfig)
+    whole = {field.name: field.default for owner in classes for field in fields(owner) if field.name in told}
+    assert {name: value for name, value in whole.items() if value is not None} == DEFAULTS
+    as_told = [default_of(name) for name in ("resume", "bridge_ridge", "layers", "bridge", "representation_weight")]
+    assert as_told == ["false", "1e-08", "all", "", "1"]
+
+
 def test_choices_agree_with_the_functions_that_take_them():
     from oprd.objectives import LAYER_WEIGHTINGS, REPRESENTATION_KINDS, TRANSITION_OVER
     from oprd.objectives.output_space import TOP_K_SUPPORTS

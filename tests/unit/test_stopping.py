@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 
 from oprd.durability import stopping
-from oprd.durability.stopping import SIGNALS, Stopped, said_once
+from oprd.durability.stopping import CONTINUES, SIGNALS, Stopped, said_once
 
 
 @pytest.fixture
@@ -93,6 +93,12 @@ def test_stopped_is_told_and_no_library_swallows_it(caplog):
             pytest.fail("taken for a failure")
     assert caught.value.code == 0
     assert [record.getMessage() for record in caplog.records] == ["stopped by SIGTERM at step 3"]
+
+
+def test_a_command_that_does_not_continue_does_not_promise_to(caplog):
+    with caplog.at_level("WARNING"), pytest.raises(SystemExit), said_once("it begins anew"):
+        raise Stopped(f"stopped by SIGTERM at step 3; {CONTINUES}")
+    assert [record.getMessage() for record in caplog.records] == ["stopped by SIGTERM at step 3; it begins anew"]
 
 
 def script(body):

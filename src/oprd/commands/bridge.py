@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 from oprd.commands.launching import launch
-from oprd.commands.shared import describe_settings, show_events, show_rows
+from oprd.commands.shared import check_recipe_named, describe_settings, show_events, show_rows
 from oprd.training.options import BRIDGE_HELP, DATA_HELP
 
 
@@ -31,6 +31,7 @@ def run_bridge(arguments: list[str]) -> int:
         if not rest or {"-h", "--help"} & set(rest):
             print(fit_help())
             return 0 if rest else 2
+        check_recipe_named(rest)
         status = launch(["bridge", "fit"], rest)
         if status is not None:
             return status

@@ -69,7 +69,7 @@ def _whole(root: argparse.ArgumentParser, *, file: object, folder: object) -> ar
     _add(commands["train"], "from", None, "repeat this run")
     for parser in (commands["plan"], commands["train"], fit, commands["show"]):
         _add_keys(parser)
-    for parser in _all(root):
+    for parser in all_parsers(root):
         for action in parser._actions:
             for shown in getattr(action, "_choices_actions", ()):
                 action.choices[shown.dest].description = shown.help  # a line, not the whole story
@@ -109,10 +109,11 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     return next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
 
 
-def _all(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """It, and those of the commands below it."""
     yield parser
     for below in _commands(parser).values():
-        yield from _all(below)
+        yield from all_parsers(below)
 
 
 def _recipes(*names: str) -> dict[str, object]:

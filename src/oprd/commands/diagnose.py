@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from oprd.commands.shared import parse_json, show_events, show_rows
+from oprd.lineage.manifest import read_manifest
 
 OF_THE_PROMPTS = ("data", "prompts", "seed", "split", "prompt_column", "answer_column", "as_chat")
 OF_THE_RUN = ("max_new_tokens", "batch_size", "dtype", "device")
@@ -115,6 +116,7 @@ def _check(options: argparse.Namespace) -> None:
                 f"{', '.join(missing)} missing. Name --student, --teacher and --data, or a finished run: oprd diagnose RUN."
             )
         return
+    read_manifest(Path(options.run))  # said at once if it is no run
     ignored = [f"--{name}" for name in ("student", *OF_TWO_MODELS) if getattr(options, name) is not None]
     if ignored:
         raise ValueError(f"{', '.join(ignored)} would be ignored: {options.run} is a run, which has its own.")

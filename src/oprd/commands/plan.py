@@ -7,7 +7,7 @@ import json
 import re
 from typing import NoReturn
 
-from oprd.commands.shared import show_events, show_rows
+from oprd.commands.shared import check_recipe_named, show_events, show_rows
 
 PLAN_HELP = """\
 usage: oprd plan --config RECIPE [--gpu_memory GB] [--gpus N] [--sharding none|zero2|zero3|fsdp] [--prompt_tokens N]
@@ -53,6 +53,7 @@ def run_plan(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(PLAN_HELP)
         return 0 if arguments else 2
+    check_recipe_named(arguments)
     own = _Own(prog="oprd plan", add_help=False, allow_abbrev=False)
     add_own_keys(own)
     options, arguments = own.parse_known_args(arguments)

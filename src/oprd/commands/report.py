@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from oprd.commands.shared import show_events
+from oprd.lineage.manifest import read_manifest
 
 
 def add_report(commands) -> None:
@@ -27,6 +28,7 @@ def add_report(commands) -> None:
 
 def run_report(options: argparse.Namespace) -> int:
     """Write it, say where."""
+    read_manifest(Path(options.run))  # said at once if it is no run
     show_events()
     from oprd.insight.report import write_report
 

@@ -8,9 +8,11 @@ import os
 import sys
 import textwrap
 import warnings
+from itertools import pairwise
 from typing import Any
 
-from oprd.training.options import CHOICES
+from oprd.training.options import CHOICES, default_of
+from oprd.training.shipped import find_recipe
 
 
 def describe_settings(title: str, table: dict[str, str]) -> str:
@@ -19,8 +21,21 @@ def describe_settings(title: str, table: dict[str, str]) -> str:
     for name, text in table.items():
         choices = f" [{'|'.join(CHOICES[name])}]" if name in CHOICES else ""
         lines.append(f"  --{name}{choices}")
-        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+        default = f" (default:\N{NO-BREAK SPACE}{default_of(name)})" if default_of(name) else ""
+        lines += textwrap.wrap(text + default, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def check_recipe_named(arguments: list[str]) -> None:
+    """What a misspelt recipe would say after the imports, before them.
+
+    Raises:
+        ValueError: ``--config`` names no recipe.
+    """
+    names = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    names += [value for key, value in pairwise(arguments) if key == "--config"]
+    for name in names:
+        find_recipe(name)
 
 
 def parse_json(option: str, text: str | None) -> dict[str, Any] | None:
@@ -61,6 +76,7 @@ class _Lines(logging.StreamHandler):
 def show_events() -> None:
     """One line per event of this project on stderr, once for all processes of a launch."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # for library authors, not for users of this command
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")  # the same
 
     def plain(record: logging.LogRecord) -> bool:  # accelerate marks its lines; only the first process speaks here
         record.msg = str(record.msg).removeprefix("[RANK 0] ")

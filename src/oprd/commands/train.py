@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oprd.commands.launching import LAUNCH_HELP, launch
-from oprd.commands.shared import describe_settings, show_events, show_rows
+from oprd.commands.shared import check_recipe_named, describe_settings, show_events, show_rows
 from oprd.training.options import BENCHMARK_HELP, BRIDGE_HELP, DATA_HELP, HELP, THEN_HELP
 
 TRAIN_NOTES = """\
@@ -28,6 +28,7 @@ def train_help() -> str:
         "from its manifest.json, after a check that models and data are what they were; on CPU with the same versions the\n"
         "result is the same bit for bit."
     )
+    defaults = "oprd show RECIPE --resolved prints every key with the value that it would have, those of TRL and transformers too."
     tables = [
         describe_settings("objective", HELP),
         describe_settings("data", DATA_HELP),
@@ -36,7 +37,7 @@ def train_help() -> str:
         describe_settings("second stage", {"then": THEN_HELP}),
         describe_settings("several processes (command line only)", LAUNCH_HELP),
     ]
-    return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), *tables])
+    return "\n\n".join([usage, recipe, TRAIN_NOTES.strip(), defaults, *tables])
 
 
 def run_train(arguments: list[str]) -> int:
@@ -44,6 +45,7 @@ def run_train(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(train_help())
         return 0 if arguments else 2
+    check_recipe_named(arguments)
     status = launch(["train"], arguments)
     if status is not None:
         return status

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # SLURM's --signal=USR1@120 comes this way; SIGTERM is what everybody else sends before SIGKILL.
 OBEYED = ("SIGTERM", "SIGUSR1", "SIGINT")
+CONTINUES = "the same command continues"  # the end of a message of `Stopped`
 TOLD = {"SIGINT": "Ctrl-C"}
 INTERRUPTED = 130  # as shells have it, so that a loop around the command ends too
 ECHO_SECONDS = 3.0  # a launcher and its workers often get one signal each, and the launcher passes its own on
@@ -93,7 +94,7 @@ class Signals:
         name = signal.Signals(number).name
         self.received, self._at = TOLD.get(name, name), time.monotonic()
         if not self._depth:
-            raise Stopped(f"stopped by {self.received} with nothing to save; the same command continues")
+            raise Stopped(f"stopped by {self.received} with nothing to save; {CONTINUES}")
         logger.info(f"{self.received}: finishing what is under way; a second one stops at once.")
 
     def asked(self, accelerator: Accelerator) -> bool:
@@ -118,12 +119,12 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
 
 
 @contextmanager
-def said_once() -> Iterator[None]:
-    """Tell the user what `Stopped` means, where it leaves a command."""
+def said_once(afterwards: str = CONTINUES) -> Iterator[None]:
+    """Tell the user what `Stopped` means, where it leaves a command; ``afterwards`` in place of "the same command continues"."""
     try:
         yield
     except Stopped as stopped:
-        logger.warning(str(stopped))
+        logger.warning(str(stopped).replace(CONTINUES, afterwards))
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,17 +250,30 @@ def settings_of(
     }
 
 
+def _flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """Settings of settings by names such as ``sampling.seed``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    """A hash by its first digits."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
+
+
 def _same_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if not path.exists():
         write_json(path, settings)
         return
     before = read_json(path)
-    differing = [
-        n for n in settings if before.get(n) != settings[n] and not (n == "model" and "model_hash" in settings)
-    ]
+    skipped = ("model",) if "model_hash" in settings else ()
+    there, now = (_flat({n: s.get(n) for n in settings if n not in skipped}) for s in (before, settings))
+    differing = [name for name in {**now, **there} if there.get(name) != now.get(name)]
     if differing:
-        told = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
+        told = "; ".join(f"{name}: {_short(there.get(name))} there, {_short(now.get(name))} now" for name in differing)
         raise ValueError(
             f"{directory} holds an evaluation with other settings ({told}). Choose another --out, or remove it."
         )

@@ -281,7 +281,8 @@ def _cautions(files: Found, found: Found, cut_off: float) -> list[dict[str, str]
             (
                 "the teacher may have nothing to teach here",
                 f"it solves {scores['teacher']['value']:.0f} %, the student {scores['student']['value']:.0f} % "
-                f"[{scores['student']['low']:.0f}, {scores['student']['high']:.0f}]",
+                f"[{scores['student']['low']:.0f}, {scores['student']['high']:.0f}]"
+                + (": have the two been swapped?" if scores["teacher"]["value"] < scores["student"]["low"] else ""),
             )
         )
     if not files["ends_alike"]:

@@ -81,7 +81,7 @@ def open_contender(path: str) -> Contender:
         chosen = of_final(find_evaluations(folder), last_update(manifest))
         if not chosen and not (folder / "final").is_dir():
             raise ValueError(
-                f"{folder} has not finished. Continue it with --resume, or compare {folder}/evaluations/best."
+                f"{folder} has not finished. The command that started it continues it; or compare {folder}/evaluations/best."
             )
         if not chosen:
             raise ValueError(f"{folder} has no evaluation of its final student: oprd eval {folder} --on BENCHMARK")

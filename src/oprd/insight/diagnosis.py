@@ -138,13 +138,13 @@ def diagnose(
     record["advice"] = advise(fit.facts, record["students"], cut_off)
     if "student" in case.students:
         record["verdict"] = verdict(fit.facts, record["students"]["student"])
-        record["recipe"] = _recipe(case, record)
+        record["recipe"] = _recipe(case, record, f"runs/{Path(out).resolve().name}")
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / RECORD, record)
     return record
 
 
-def _recipe(case: Case, record: dict[str, Any]) -> dict[str, Any]:
+def _recipe(case: Case, record: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """A recipe to begin with: what was diagnosed, what was advised, and the paper's batch and rate."""
     student, teacher, prompts = case.students["student"], case.teacher, case.prompts
     recipe: dict[str, Any] = {"model_name_or_path": student.label}
@@ -159,7 +159,7 @@ def _recipe(case: Case, record: dict[str, Any]) -> dict[str, Any]:
     given |= {"prompt_column": prompts.prompt_column, "answer_column": prompts.answer_column}
     given |= {"as_chat": prompts.as_chat or None, "trust_remote_code": student.trust_remote_code or None}
     recipe |= {name: value for name, value in given.items() if value is not None}
-    recipe["output_dir"] = "runs/first"
+    recipe["output_dir"] = output_dir
     recipe |= recipe_of(record["files"], record["students"]["student"])
     budget = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "responses_per_prompt": 2}
     return (

@@ -270,6 +270,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     """Write the page to ``path``, by default the run's ``report.html``."""
     path = Path(run) / "report.html" if path is None else Path(path)
     check_folder(path.parent, "--out")
+    page = report_page(Path(run))  # before a folder is made for it: it may be no run
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, report_page(Path(run)))
+    write_text(path, page)
     return path

@@ -63,7 +63,8 @@ def subjects_of(model: str, roles: Sequence[str], out: str | None, revision: str
     for role in roles:
         if role in ("final", "best"):
             if not (run / role / "config.json").exists():
-                needed = "It has not finished." if role == "final" else "Set validation_benchmark to keep one."
+                goes_on = "It has not finished: the command that started it continues it. A checkpoint can be evaluated as a model."
+                needed = goes_on if role == "final" else "Set validation_benchmark to keep one."
                 raise ValueError(f"{run} holds no {role} student. {needed}")
             subjects.append(Subject(f"{run.name} {role}", str(run / role), None, base / role))
         else:

@@ -66,6 +66,7 @@ DEMOS = {
     ),
 }
 SAMPLES = 16
+ANEW = "oprd demo begins anew"  # every demo has a folder of its own
 
 
 def rebuild_assets() -> None:
@@ -136,7 +137,7 @@ def run_demo(out: str, *, which: str = "same", steps: int | None = None, seed: i
         }
         arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         started = time.perf_counter()
-        last, _ = run(["--config", recipe, *arguments], description=name)
+        last, _ = run(["--config", recipe, *arguments], description=name, afterwards=ANEW)
         seconds = time.perf_counter() - started
         rows.append(_evaluate(name, str(last / "final"), demo.max_new_tokens) | {"seconds": round(seconds)})
         curves[name] = read_metrics(directory / "metrics.jsonl")

@@ -26,7 +26,7 @@ from oprd.bridge import Bridge
 from oprd.bridge.collect import CONTROLS, RANDOM_STUDENT, RANDOM_TEACHER, SHUFFLED, Collection, before_of
 from oprd.bridge.predict import predict
 from oprd.durability.folders import writing
-from oprd.durability.stopping import SIGNALS, Stopped, any_process
+from oprd.durability.stopping import CONTINUES, SIGNALS, Stopped, any_process
 from oprd.objectives import map_layers
 from oprd.states import TeacherElsewhere
 from oprd.training.config import OPRDConfig
@@ -165,9 +165,7 @@ def collect(trainer: RolloutTrainer, settings: BridgeConfig, directory: Path) ->
             _save(collection, path, key)
             saved = time.monotonic()
         if asked:
-            raise Stopped(
-                f"stopped by {SIGNALS.received} after {place} of {total} batches for the bridge; the same command continues"
-            )
+            raise Stopped(f"stopped by {SIGNALS.received} after {place} of {total} batches for the bridge; {CONTINUES}")
         set_seed(args.seed * 1_000_003 + place * accelerator.num_processes + accelerator.process_index)
         chosen = batches[min(place, len(batches) - 1)]
         batch = trainer._generate_and_score_completions([rows[number] for number in chosen])

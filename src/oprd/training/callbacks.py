@@ -30,6 +30,8 @@ class ProgressLine(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self._description)
             self.training_bar.unit = "step"
+            # What a resumed run finds done took none of its time: neither speed nor time left count it.
+            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs:

@@ -24,7 +24,7 @@ from trl import DistillationTrainer
 from oprd.durability.checkpoint_files import Whole, newest_whole, rotate, whole
 from oprd.durability.folders import publish, staging_of, writing
 from oprd.durability.random_numbers import random_state, set_random_state
-from oprd.durability.stopping import SIGNALS, Stopped
+from oprd.durability.stopping import CONTINUES, SIGNALS, Stopped
 from oprd.durability.trees import has_tree, load_tree, save_tree
 
 logger = get_logger(__name__)
@@ -294,7 +294,7 @@ class CheckpointedTrainer(DistillationTrainer):
             Stopped: any of them has been asked to.
         """
         if SIGNALS.asked(self.accelerator):
-            raise Stopped(f"stopped by {SIGNALS.received} at step {self.state.global_step}; the same command continues")
+            raise Stopped(f"stopped by {SIGNALS.received} at step {self.state.global_step}; {CONTINUES}")
 
     def _maybe_log_save_evaluate(
         self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
@@ -355,9 +355,7 @@ class CheckpointedTrainer(DistillationTrainer):
         if not is_saved:
             self._save_checkpoint(model if model is not None else self.model_wrapped, undone=undone, numbers=numbers)
             self.callback_handler.on_save(self.args, self.state, self.control)
-        raise Stopped(
-            f"stopped by {SIGNALS.received} at step {step}, checkpoint-{step} written; the same command continues"
-        )
+        raise Stopped(f"stopped by {SIGNALS.received} at step {step}, checkpoint-{step} written; {CONTINUES}")
 
 
 def _on(tree: Any, device) -> Any:

@@ -18,6 +18,52 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 MAY_BE_OPEN = ("representation_loss", "teacher_model_kind")
 
+DEFAULTS: dict[str, str | float | bool] = {  # those that are not None; what None means, the text of a setting says
+    "representation_weight": 1.0,
+    "transition_over": "positions",
+    "layer_weighting": "uniform",
+    "attention_weight": 0.0,
+    "attention_layers": "last",
+    "attention_keys": 64,
+    "min_paired_share": 0.2,
+    "layers": "all",
+    "positions": "all",
+    "position_k": 2000,
+    "state_at": "predictive",
+    "output_loss": "none",
+    "output_weight": 1.0,
+    "output_top_k": 16,
+    "top_k_support": "student",
+    "top_k_renormalize": True,
+    "reduction": "sequence",
+    "lm_head": "auto",
+    "trainable": "all",
+    "responses_per_prompt": 1,
+    "gradient_scope": "full",
+    "tile_mlp": False,
+    "offload_targets": False,
+    "on_nonfinite": "stop",
+    "offload_teacher": False,
+    "teacher_load_in_8bit": False,
+    "teacher_update_rate": 0.005,
+    "teacher_sync_steps": 1,
+    "resume": False,
+    "dataset_train_split": "train",
+    "eval_split": "test",
+    "drop_duplicates": False,
+    "as_chat": False,
+    "bridge_rank": "auto",
+    "bridge_prompts": 2000,
+    "bridge_held_out": 0.1,
+    "bridge_ridge": 1e-8,
+    "bridge_controls": True,
+    "benchmark_samples": 4,
+    "benchmark_temperature": 0.7,
+    "benchmark_top_p": 0.95,
+    "benchmark_batch_size": 128,
+    "best_metric": "avg_at_k",
+}
+
 THEN_HELP = "Settings of a second stage that starts from the first one's final model: a mapping in the recipe."
 
 HELP: dict[str, str] = {
@@ -126,3 +172,9 @@ BENCHMARK_HELP: dict[str, str] = {
     "benchmark_limit": "The first so many problems of each benchmark only.",
     "best_metric": "What is best on the validation benchmark: avg_at_k, best_at_k or pass_at_N.",
 }
+
+
+def default_of(name: str) -> str:
+    """The default of a setting as a recipe has it; empty where it is left open."""
+    value = DEFAULTS.get(name, "")
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

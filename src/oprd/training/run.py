@@ -15,7 +15,7 @@ from transformers.integrations import TrackioCallback
 from trl import ModelConfig, get_peft_config
 
 from oprd.bridge import Bridge
-from oprd.durability.stopping import SIGNALS, Stopped, said_once
+from oprd.durability.stopping import CONTINUES, SIGNALS, Stopped, said_once
 from oprd.lineage.card import write_card
 from oprd.lineage.hashing import combined_hash, folder_hashes
 from oprd.lineage.inputs import model_record
@@ -111,7 +111,7 @@ def fit(arguments: list[str]) -> tuple[Path, Bridge, bool]:
     return directory, bridge, PartialState().is_main_process
 
 
-def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path, bool]:
+def run(arguments: list[str], *, description: str = "distilling", afterwards: str = CONTINUES) -> tuple[Path, bool]:
     """Train from command-line arguments; the run's directory, and whether this is the main process.
 
     The directory holds ``config.yaml`` (the resolved recipe), ``manifest.json`` (repeat with ``oprd train --from``),
@@ -119,13 +119,13 @@ def run(arguments: list[str], *, description: str = "distilling") -> tuple[Path,
     ``bridge: auto`` it also holds ``bridge/``, with benchmarks ``evaluations/`` and ``best``; a second stage (``then``) has
     its run in ``then/``, and that directory is returned.
 
-    Killed at any moment, the same arguments continue.
+    Killed at any moment, the same arguments continue; ``afterwards`` says so to who stopped it.
 
     Raises:
         Stopped: on SIGTERM, when what is under way has been saved.
     """
     call = Call(["oprd", "train", *without_secrets(arguments)], description=description)
-    with leaving(), SIGNALS.obeyed(), said_once():
+    with leaving(), SIGNALS.obeyed(), said_once(afterwards):
         if "--from" not in arguments:
             return _run(arguments, call)
         with repeated(arguments) as (arguments, before):
@@ -144,7 +144,7 @@ def _run(arguments: list[str], call: Call) -> tuple[Path, bool]:
     if second is None:
         return directory, is_main
     if SIGNALS.received is not None:
-        raise Stopped(f"stopped by {SIGNALS.received} before the second stage; the same command continues")
+        raise Stopped(f"stopped by {SIGNALS.received} before the second stage; {CONTINUES}")
     written = directory / "then.yaml"
     if PartialState().is_main_process:
         write_text(written, yaml.safe_dump(second, sort_keys=True))
