@@ -9,6 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help install demo test lint docs table scale-test kill-test soak fuzz audit clean
 
 help:
+	@echo "make install the tested versions into $(VENV), nothing else (some minutes)"
 	@echo "make demo    distil the embedded miniature and compare (about 5 minutes on 2 cores)"
 	@echo "make test    lint and all tests (about 12 minutes on 2 cores)"
 	@echo "make docs    build the documentation site into build/site (some seconds)"
@@ -23,6 +24,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "Setting up $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@

@@ -116,10 +116,10 @@ def _check(options: argparse.Namespace) -> None:
                 f"{', '.join(missing)} missing. Name --student, --teacher and --data, or a finished run: oprd diagnose RUN."
             )
         return
-    read_manifest(Path(options.run))  # said at once if it is no run
     ignored = [f"--{name}" for name in ("student", *OF_TWO_MODELS) if getattr(options, name) is not None]
     if ignored:
         raise ValueError(f"{', '.join(ignored)} would be ignored: {options.run} is a run, which has its own.")
+    read_manifest(Path(options.run))  # said at once if it is no run
 
 
 def _short(name: str) -> str:

@@ -16,21 +16,29 @@ def add_serve(commands) -> None:
         "the LM head once, the tokenizer's files. A run names it with teacher_url. Every request needs the token, which is taken from "
         "OPRD_TEACHER_TOKEN or --token_file; without one, a new one is made and printed. Stops with SIGTERM or Ctrl-C after "
         "the forward in progress.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # --token would be taken for --token_file
     )
     add = parser.add_argument
     add("--model", required=True, metavar="PATH_OR_HUB_ID", help="the teacher")
-    add("--host", default="127.0.0.1", help="address to listen on; another one than loopback is reachable for others")
-    add("--port", type=int, default=8765, help="port to listen on; 0 takes a free one")
-    add("--token_file", metavar="FILE", help="file that holds the token")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; another one than loopback is reachable for others (default: %(default)s)",
+    )
+    add("--port", type=int, default=8765, help="port to listen on; 0 takes a free one (default: %(default)s)")
+    add("--token_file", metavar="FILE", help="file that holds the token (default: OPRD_TEACHER_TOKEN, else a new one)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"), help="of the weights; float32 is what "
-        "a teacher inside a run has, auto the checkpoint's own")  # fmt: skip
+        "a teacher inside a run has, auto the checkpoint's own (default: %(default)s)")  # fmt: skip
     add("--attn_implementation", metavar="NAME", help="of the teacher (packed rows need sdpa, transformers' default)")
     add("--revision", help="revision of a Hub model")
-    add("--device", help="such as cuda:1 (the first accelerator, else cpu)")
+    add("--device", help="such as cuda:1 (default: the first accelerator, else cpu)")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    add("--max_tokens", type=int, default=65_536, help="most tokens, padding included, of one forward")
+    add(
+        "--max_tokens",
+        type=int,
+        default=65_536,
+        help="most tokens, padding included, of one forward (default: %(default)s)",
+    )
     parser.set_defaults(run_command=run_serve)
 
 

@@ -212,7 +212,7 @@ def _read_by_the_student(found: Found) -> str:
     )
     if "teacher_under_student_head" in scores:
         told += (
-            f" and solve {scores['teacher_under_student_head']['value']:.0f} %, under its own {scores['teacher']['value']:.0f} %: "
+            f" and solve {scores['teacher_under_student_head']['value']:.0f}%, under its own {scores['teacher']['value']:.0f}%: "
             "what states alone can reach with that head is nearer to the first"
         )
     return told
@@ -247,8 +247,8 @@ def _moved_choices(before: Found, after: Found) -> tuple[str, str]:
     scores = [one.get("accuracy") for one in (before, after)]
     if None not in scores:
         told.append(
-            f"solved {scores[0]['student']['value']:.0f} to {scores[1]['student']['value']:.0f} % (teacher "
-            f"{scores[1]['teacher']['value']:.0f} %)"
+            f"solved {scores[0]['student']['value']:.0f} to {scores[1]['student']['value']:.0f}% (teacher "
+            f"{scores[1]['teacher']['value']:.0f}%)"
         )
     up = [after["choices"]["agreement"] > before["choices"]["agreement"]]
     up += [after["choices"]["kl"] < before["choices"]["kl"]] if "kl" in after["choices"] else []
@@ -262,8 +262,8 @@ def _left_to_the_head(after: Found) -> tuple[str, str] | None:
     if lent is None or (mean_of(after, "cosine") or 0) < ARRIVED or lent["low"] <= scores["student"]["high"]:
         return None
     return "holds the student back (lm_head: auto, or logit_weight: 1 where the head is tied)", (
-        f"its states have a cosine of {mean_of(after, 'cosine'):.3f}, and under the teacher's head they solve {lent['value']:.0f} %, "
-        f"under its own {scores['student']['value']:.0f} %"
+        f"its states have a cosine of {mean_of(after, 'cosine'):.3f}, and under the teacher's head they solve {lent['value']:.0f}%, "
+        f"under its own {scores['student']['value']:.0f}%"
     )
 
 
@@ -280,7 +280,7 @@ def _cautions(files: Found, found: Found, cut_off: float) -> list[dict[str, str]
         said.append(
             (
                 "the teacher may have nothing to teach here",
-                f"it solves {scores['teacher']['value']:.0f} %, the student {scores['student']['value']:.0f} % "
+                f"it solves {scores['teacher']['value']:.0f}%, the student {scores['student']['value']:.0f}% "
                 f"[{scores['student']['low']:.0f}, {scores['student']['high']:.0f}]"
                 + (": have the two been swapped?" if scores["teacher"]["value"] < scores["student"]["low"] else ""),
             )
