@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:
 	@echo "make install the tested versions into $(VENV), nothing else (some minutes)"
 	@echo "make demo    distil the embedded miniature and compare (about 5 minutes on 2 cores)"
-	@echo "make test    lint and all tests (about 12 minutes on 2 cores)"
+	@echo "make test    lint and all tests (about 17 minutes on 2 cores)"
 	@echo "make docs    build the documentation site into build/site (some seconds)"
 	@echo "make kill-test  kill runs at some forty moments, repeat the command, compare (about 15 minutes)"
 	@echo "make soak    2,000 updates with every option on: does anything grow? (about an hour)"
