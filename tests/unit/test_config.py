@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -17,6 +18,15 @@ def make(tmp_path):
     return lambda **settings: OPRDConfig(
         **{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"} | settings
     )
+
+
+@pytest.mark.parametrize("given", [{}, {"gradient_checkpointing": False}, {"activation_checkpointing": True}], ids=str)
+def test_nobody_is_warned_of_a_name_of_trls(make, given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        config = make(**given)
+    wanted = next(iter(given.values()), True)  # TRL's default
+    assert config.activation_checkpointing is config.gradient_checkpointing is wanted
 
 
 def test_defaults(make):

@@ -93,6 +93,8 @@ class OPRDConfig(DistillationConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # what no loss reaches is frozen, so nothing is left to look for
+        if self.activation_checkpointing is None:  # TRL has a default for the old name, and transformers warns of it
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self.layers, self.attention_layers = parse_layers(self.layers), parse_layers(self.attention_layers)
         self.layer_map = None if self.layer_map is None else parse_layer_map(self.layer_map)
