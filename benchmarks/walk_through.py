@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAIR = "--student miniature:student --teacher miniature:teacher --data miniature:train.jsonl"
 BASELINE = "--representation_weight 0 --output_loss top_k --lm_head keep --learning_rate 5e-4"
-GATES = "accuracy: {min: 60, max_drop: 1}\\nlength: {max_increase_percent: 10}\\n"
+GATES = "accuracy: {min: 60, max_drop: 1}\nlength: {max_increase_percent: 10}\n"
 STEPS = {
     "clone": f"git clone --quiet {ROOT} oprd",
     "install": "make --silent install",
@@ -33,7 +34,7 @@ STEPS = {
     "evaluate the baseline": "oprd eval runs/baseline --on miniature:test.jsonl",
     "compare": "oprd compare runs/baseline runs/first",
     "what the run changed": "oprd diagnose runs/first",
-    "gate": f"printf '{GATES}' > gates.yaml && oprd gate runs/first --against runs/baseline --config gates.yaml",
+    "gate": "oprd gate runs/first --against runs/baseline --config gates.yaml",
     "promote": "oprd registry promote registry runs/first",
     "repeat it from its record": "oprd train --from runs/first --output_dir runs/again",
     "the same, bit for bit": "cmp runs/first/final/model.safetensors runs/again/final/model.safetensors",
@@ -61,8 +62,13 @@ def walk(folder: Path) -> int:
     total = 0.0
     for name, command in STEPS.items():
         where = folder if name == "clone" else folder / "oprd"
+        if name == "gate":
+            (where / "gates.yaml").write_text(GATES)
+        words, _, saved = command.partition(" > ")
         started = time.perf_counter()
-        done = subprocess.run(command, shell=True, cwd=where, env=environment, capture_output=True, text=True)
+        done = subprocess.run(shlex.split(words), cwd=where, env=environment, capture_output=True, text=True)
+        if saved:
+            (where / saved).write_text(done.stdout)
         seconds = time.perf_counter() - started
         total += seconds
         shown = command.replace(str(ROOT), "URL").replace("|", "\\|")

@@ -75,12 +75,12 @@ def size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def test_killed_at_five_random_moments(tmp_path):
+def test_killed_at_random_moments(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(whole).wait(timeout=300) == 0
     total = size(whole / "test" / "responses.jsonl")
     generator = random.Random(5)
-    moments = sorted(generator.uniform(0, 0.9) for _ in range(5))
+    moments = sorted(generator.uniform(0, 0.9) for _ in range(3))
     killed = 0
     for moment in moments:
         process = start(broken)
@@ -92,7 +92,7 @@ def test_killed_at_five_random_moments(tmp_path):
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         assert not (broken / "test" / "summary.json").exists()
-    assert killed == 5
+    assert killed == 3
     before = size(broken / "test" / "responses.jsonl")
     assert 0 < before < total
     assert start(broken).wait(timeout=300) == 0

@@ -81,5 +81,5 @@ def test_the_same_model_at_another_revision_is_another_teacher():
     found = {"layers": [{"explained": 0.9, "distance": 1.0}], "bridge": None, "heads": {}}
     files = {"reading": "same", "layer_map": None, "pruned_from_teacher": False}
     record = {"files": files, "students": {"student": found}, "answers": {"max_new_tokens": 9}}
-    recipe = diagnosis._recipe(case, record)
+    recipe = diagnosis._recipe(case, record, "runs/mine")
     assert recipe["teacher_model_revision"] == "later" and "teacher_model_kind" not in recipe
